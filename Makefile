@@ -1,0 +1,44 @@
+# Every target makes what it needs in .venv; nothing else has to be installed but Python 3.11+.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check lint proto bench clean
+
+demo: $(VENV)/.demo ## the main job: simulated engines, the picker and a real Envoy under a chat workload
+	$(BIN)/epp demo $(DEMO_FLAGS)
+
+test: $(VENV)/.dev ## every test, with coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(PYTEST_FLAGS)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --skip-covered
+
+check: lint test ## what CI runs
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+proto: $(VENV)/.dev ## regenerate epp/_pb from proto/
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=epp/_pb --pyi_out=epp/_pb proto/*.proto
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m bench overhead
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) .coverage* htmlcov .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,171 @@
+"""The pool: which endpoints exist, how loaded each is, which are ready.
+
+Holds the only mutable view of the pool; hands out frozen `Snapshot`s. All changes happen on one event loop between awaits, so no
+lock. Not here: who finds endpoints (sources), who reads their metrics (engines), who chooses (scheduling).
+
+Cost per request: none; a snapshot is an attribute read. Membership and health changes rebuild it, O(endpoints).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from epp.clock import Clock
+from epp.types import Address, Endpoint, EndpointSpec, Revision, Snapshot
+
+ENDPOINTS_MAX = 10_000
+"""Limit on the pool's size: an endpoint more is a fault in the source, not a pool."""
+
+
+class Reading(NamedTuple):
+    """What one scrape of an engine said. None: the engine does not expose it, the last value stays."""
+
+    waiting: float | None = None
+    running: float | None = None
+    kv_usage: float | None = None
+    kv_block_tokens: int | None = None
+    kv_blocks: int | None = None
+
+
+class Ticket:
+    """One request's place in its endpoint's in-flight accounting: released exactly once, however the stream ends."""
+
+    __slots__ = ("_tokens", "endpoint", "requests")
+
+    def __init__(self, endpoint: Endpoint, tokens: int) -> None:
+        self.endpoint = endpoint
+        self.requests = 1
+        self._tokens = tokens
+        endpoint.inflight_requests += 1
+        endpoint.inflight_tokens += tokens
+        endpoint.sent_requests += 1
+        endpoint.sent_tokens += tokens
+        endpoint.picks_total += 1
+        endpoint.revision.value += 1
+
+    def first_token(self) -> None:
+        """The prefill is done: its tokens weigh on the endpoint no longer."""
+        if self._tokens:
+            self.endpoint.inflight_tokens -= self._tokens
+            self._tokens = 0
+            self.endpoint.revision.value += 1
+
+    def move(self, endpoint: Endpoint) -> None:
+        """Another endpoint served the request (a retry by the gateway): the charge follows it."""
+        if endpoint is self.endpoint or not self.requests:
+            return
+        self.endpoint.inflight_requests -= 1
+        self.endpoint.inflight_tokens -= self._tokens
+        self.endpoint = endpoint
+        endpoint.inflight_requests += 1
+        endpoint.inflight_tokens += self._tokens
+        endpoint.revision.value += 1
+
+    def release(self) -> None:
+        """The request is over. Calling it again does nothing."""
+        if self.requests:
+            self.first_token()
+            self.requests = 0
+            self.endpoint.inflight_requests -= 1
+            self.endpoint.revision.value += 1
+
+
+class Datastore:
+    """One pool's endpoints and their load."""
+
+    def __init__(self, clock: Clock, *, name: str = "default", endpoints_max: int = ENDPOINTS_MAX) -> None:
+        self.name = name
+        self.revision = Revision()
+        self.endpoints: dict[Address, Endpoint] = {}
+        self.by_destination: dict[str, Endpoint] = {}
+        self.ready = Snapshot.of(())
+        """Healthy endpoints; all of them when none is healthy, for then any may be the one that works."""
+        self._clock = clock
+        self._endpoints_max = endpoints_max
+        self._free_slots: list[int] = []
+        self._slots_made = 0
+        self._added: list[Callable[[Endpoint], None]] = []
+        self._removed: list[Callable[[Endpoint], None]] = []
+
+    def subscribe(self, *, added: Callable[[Endpoint], None] | None = None, removed: Callable[[Endpoint], None] | None = None) -> None:
+        """Be told of endpoints that come (those already here are told at once) and go."""
+        if added:
+            self._added.append(added)
+            for endpoint in list(self.endpoints.values()):
+                added(endpoint)
+        if removed:
+            self._removed.append(removed)
+
+    def apply(self, specs: Iterable[EndpointSpec]) -> None:
+        """Make the pool exactly `specs`. An endpoint that stays keeps its load; a relabelled one keeps its load and slot too.
+
+        Raises ValueError when there are more than the limit; the pool is then unchanged.
+        """
+        wanted = {spec.address: spec for spec in specs}
+        if len(wanted) > self._endpoints_max:
+            raise ValueError(f"{len(wanted)} endpoints, the limit is {self._endpoints_max}")
+        gone = [endpoint for address, endpoint in self.endpoints.items() if address not in wanted]
+        for endpoint in gone:
+            del self.endpoints[endpoint.spec.address]
+            del self.by_destination[endpoint.destination]
+        come = []
+        for address, spec in wanted.items():
+            known = self.endpoints.get(address)
+            if known is None:
+                endpoint = Endpoint(spec, self._take_slot(), self.revision)
+                self.endpoints[address] = endpoint
+                self.by_destination[endpoint.destination] = endpoint
+                come.append(endpoint)
+            elif known.spec != spec:
+                known.spec = spec
+                known.name, known.namespace, known.labels = spec.name, spec.namespace, spec.labels
+        self._refresh()
+        for endpoint in gone:
+            for tell in self._removed:
+                tell(endpoint)
+        for endpoint in come:
+            for tell in self._added:
+                tell(endpoint)
+
+    def free_slot(self, slot: int) -> None:
+        """The slot's last trace is gone from the prefix index: a new endpoint may have it."""
+        heapq.heappush(self._free_slots, slot)
+
+    def record_reading(self, endpoint: Endpoint, reading: Reading, *, sent_requests: int, sent_tokens: int) -> None:
+        """A scrape came back. `sent_*` are the endpoint's counts when it was asked: what was sent after that is still unread."""
+        if reading.waiting is not None:
+            endpoint.waiting = reading.waiting
+        if reading.running is not None:
+            endpoint.running = reading.running
+        if reading.kv_usage is not None:
+            endpoint.kv_usage = reading.kv_usage
+        if reading.kv_blocks and reading.kv_block_tokens:
+            endpoint.kv_capacity_tokens = reading.kv_blocks * reading.kv_block_tokens
+        endpoint.sent_requests = max(0, endpoint.sent_requests - sent_requests)
+        endpoint.sent_tokens = max(0, endpoint.sent_tokens - sent_tokens)
+        endpoint.scraped_at_s = self._clock.now_s()
+        endpoint.scrape_failures = 0
+        self.revision.value += 1
+        self.set_healthy(endpoint, healthy=True)
+
+    def set_healthy(self, endpoint: Endpoint, *, healthy: bool) -> None:
+        if endpoint.healthy is not healthy:
+            endpoint.healthy = healthy
+            self._refresh()
+
+    def staleness_s(self, endpoint: Endpoint) -> float:
+        """Age of the endpoint's last reading; infinite before the first."""
+        return self._clock.now_s() - endpoint.scraped_at_s
+
+    def _refresh(self) -> None:
+        everyone = list(self.endpoints.values())
+        self.ready = Snapshot.of([e for e in everyone if e.healthy] or everyone)
+        self.revision.value += 1
+
+    def _take_slot(self) -> int:
+        if self._free_slots:
+            return heapq.heappop(self._free_slots)
+        self._slots_made += 1
+        return self._slots_made - 1

@@ -1,0 +1,100 @@
+"""The same sessions on grpcio: `--transport grpc`, the conservative fallback and the reference in parity tests.
+
+Ten times the CPU of h2.py, and the stock gRPC server: its HTTP/2 policy, its TLS. A thin shell: raw bytes in, codec, session, out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from epp.errors import StartError
+from epp.extproc import codec
+from epp.extproc.health import EXT_PROC_SERVICE, Health
+from epp.extproc.session import Session
+from epp.extproc.tls import KeyPair
+
+
+class GrpcServer:
+    """One ext_proc port on grpc.aio; the same doors as server.H2Server."""
+
+    def __init__(
+        self, *, new_session: Callable[[], Session], health: Health, message_bytes_max: int, tls: KeyPair | None, streams_max: int
+    ) -> None:
+        self._new_session = new_session
+        self._tls = tls
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", message_bytes_max),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_concurrent_streams", streams_max),
+                ("grpc.http2.max_ping_strikes", 0),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        process = grpc.stream_stream_rpc_method_handler(self._process)
+        check = grpc.unary_unary_rpc_method_handler(_unary(health.check))
+        listing = grpc.unary_unary_rpc_method_handler(_unary(health.list))
+        self._server.add_generic_rpc_handlers((
+            grpc.method_handlers_generic_handler(EXT_PROC_SERVICE, {"Process": process}),
+            grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check, "List": listing}),
+        ))
+        self.port = 0
+        self.open_streams = 0
+
+    async def start(self, host: str | None, port: int) -> None:
+        """Listen on `host` (None: all interfaces). Raises StartError."""
+        address = f"{f'[{host}]' if host and ':' in host else host or '[::]'}:{port}"
+        try:
+            if self._tls is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                credentials = grpc.ssl_server_credentials([(self._tls.key, self._tls.certificate)])
+                self.port = self._server.add_secure_port(address, credentials)
+        except RuntimeError:
+            raise StartError(f"port {port} is in use ({address}); choose another or stop what listens there") from None
+        await self._server.start()
+
+    async def run(self) -> None:
+        """grpcio keeps its connections alive by itself."""
+        await asyncio.Event().wait()
+
+    async def stop(self, grace_s: float) -> None:
+        await self._server.stop(grace_s)
+
+    async def _process(self, _requests: Any, context: Any) -> None:
+        session = self._new_session()
+        self.open_streams += 1
+        try:
+            while True:
+                message = await context.read()
+                if message is grpc.aio.EOF:
+                    replies = session.half_closed()
+                else:
+                    try:
+                        event = codec.decode(message)
+                    except codec.MalformedMessageError:
+                        await context.abort(grpc.StatusCode.INTERNAL, "not a ProcessingRequest")
+                    replies = session.receive(event)
+                for reply in replies:
+                    await context.write(codec.encode(reply))
+                if session.answered or message is grpc.aio.EOF:
+                    return
+        finally:  # also when the peer resets the stream: grpcio cancels this task
+            self.open_streams -= 1
+            session.closed()
+
+
+def _unary(handle: Callable[[bytes], bytes]) -> Callable[[bytes, Any], Any]:
+    async def call(request: bytes, context: Any) -> bytes:
+        try:
+            return handle(request)
+        except ValueError:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "malformed request")
+            raise
+
+    return call

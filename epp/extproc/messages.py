@@ -1,0 +1,153 @@
+"""What passes between a transport's codec and a session: events in, replies out. Plain data, no protobuf, no bytes of the wire."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class BodyMode(IntEnum):
+    """`BodySendMode` of Envoy's ProcessingMode; the numbers are the wire's."""
+
+    NONE = 0
+    STREAMED = 1
+    BUFFERED = 2
+    BUFFERED_PARTIAL = 3
+    FULL_DUPLEX_STREAMED = 4
+    GRPC = 5
+
+
+class Event:
+    """One ProcessingRequest."""
+
+    __slots__ = ()
+
+
+class RequestHeaders(Event):
+    __slots__ = ("bad_header", "body_unasked", "end_of_stream", "headers", "request_mode", "response_mode", "subset")
+
+    def __init__(self, headers: dict[str, str], *, end_of_stream: bool) -> None:
+        self.headers = headers
+        """Lower-case keys; a repeated header's values joined with a comma."""
+        self.end_of_stream = end_of_stream
+        self.request_mode: BodyMode | None = None
+        """None: the peer sent no protocol_config (not Envoy)."""
+        self.response_mode: BodyMode | None = None
+        self.body_unasked = False
+        """`send_body_without_waiting_for_header_response`: in STREAMED mode the body comes before an answer to the headers."""
+        self.subset: tuple[str, ...] | None = None
+        """Endpoints the gateway allows (`ip:port` or `ip`); None: all."""
+        self.bad_header = ""
+        """Name of a header whose value is not UTF-8."""
+
+
+class RequestBody(Event):
+    __slots__ = ("body", "end_of_stream")
+
+    def __init__(self, body: bytes, end_of_stream: bool) -> None:
+        self.body = body
+        self.end_of_stream = end_of_stream
+
+
+class RequestTrailers(Event):
+    __slots__ = ()
+
+
+class ResponseHeaders(Event):
+    __slots__ = ("code_details", "end_of_stream", "event_stream", "served", "status")
+
+    def __init__(self, status: int, *, event_stream: bool, served: str, code_details: str, end_of_stream: bool) -> None:
+        self.status = status
+        self.event_stream = event_stream
+        self.served = served
+        """`ip:port` that answered, from the gateway; empty when it does not say or no upstream answered."""
+        self.code_details = code_details
+        """Envoy's `response.code_details`, where the gateway sends it: tells a local reply from an engine's answer."""
+        self.end_of_stream = end_of_stream
+
+
+class ResponseBody(Event):
+    __slots__ = ("body", "end_of_stream")
+
+    def __init__(self, body: bytes, end_of_stream: bool) -> None:
+        self.body = body
+        self.end_of_stream = end_of_stream
+
+
+class ResponseTrailers(Event):
+    __slots__ = ()
+
+
+class UnknownMessage(Event):
+    """A kind this version does not know: ignored (protocol rule 14)."""
+
+    __slots__ = ()
+
+
+class Reply:
+    """One ProcessingResponse."""
+
+    __slots__ = ()
+
+
+class RouteReply(Reply):
+    """The reply that carries the destination, in the header and in `envoy.lb` metadata (rule 5)."""
+
+    __slots__ = ("content_length", "destination", "in_body", "request_id")
+
+    def __init__(self, destination: str, content_length: int = -1, request_id: str = "", *, in_body: bool = False) -> None:
+        self.destination = destination
+        self.in_body = in_body
+        """In the reply to the request body (BUFFERED: the headers had to be answered first, rule 4)."""
+        self.content_length = content_length
+        """-1: leave the header alone."""
+        self.request_id = request_id
+        """Set as x-request-id when the client's request had none."""
+
+
+class ContinueHeaders(Reply):
+    """An empty headers reply: nothing to change."""
+
+    __slots__ = ("response",)
+
+    def __init__(self, *, response: bool) -> None:
+        self.response = response
+
+
+class StreamedBody(Reply):
+    """A piece of body handed back (FULL_DUPLEX_STREAMED): what is not sent back is lost (rule 3)."""
+
+    __slots__ = ("body", "end_of_stream", "response")
+
+    def __init__(self, body: bytes | memoryview, *, end_of_stream: bool, response: bool) -> None:
+        self.body = body
+        self.end_of_stream = end_of_stream
+        self.response = response
+
+
+class ContinueBody(Reply):
+    """A piece of body stays as it is (STREAMED, BUFFERED, BUFFERED_PARTIAL)."""
+
+    __slots__ = ("response",)
+
+    def __init__(self, *, response: bool) -> None:
+        self.response = response
+
+
+class ContinueTrailers(Reply):
+    __slots__ = ("response",)
+
+    def __init__(self, *, response: bool) -> None:
+        self.response = response
+
+
+class Immediate(Reply):
+    """Answer the client now, instead of routing (rule 11)."""
+
+    __slots__ = ("body", "details", "grpc_status", "headers", "status")
+
+    def __init__(self, status: int, body: bytes, headers: dict[str, str], *, grpc_status: int | None, details: str) -> None:
+        self.status = status
+        self.body = body
+        self.headers = headers
+        self.grpc_status = grpc_status
+        self.details = details

@@ -1,0 +1,73 @@
+"""TLS for the ext_proc port: a given certificate, or a self-signed one made at start (nobody verifies it: protocol rule 13)."""
+
+from __future__ import annotations
+
+import datetime
+import ssl
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from epp.errors import StartError
+
+VALID_YEARS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPair:
+    """A certificate chain and its key, PEM."""
+
+    certificate: bytes
+    key: bytes
+
+
+def load(cert_path: str) -> KeyPair:
+    """`tls.crt` and `tls.key` from a directory (a mounted Kubernetes TLS secret). Raises StartError."""
+    directory = Path(cert_path)
+    try:
+        return KeyPair((directory / "tls.crt").read_bytes(), (directory / "tls.key").read_bytes())
+    except OSError as error:
+        raise StartError(f"--cert-path {cert_path}: {error.strerror}: {error.filename}") from None
+
+
+def self_signed() -> KeyPair:
+    """A P-256 certificate for any name, valid ten years. (RSA-4096, the reference's choice, takes seconds to make and more CPU a handshake.)"""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Inference Ext")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=365 * VALID_YEARS))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    return KeyPair(
+        certificate.public_bytes(serialization.Encoding.PEM),
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
+    )
+
+
+def server_context(pair: KeyPair) -> ssl.SSLContext:
+    """TLS 1.2 or newer, ALPN `h2`. Raises StartError if the pair does not fit together."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2"])
+    with tempfile.TemporaryDirectory() as directory:  # the ssl module reads files only; the directory is ours alone
+        certificate, key = Path(directory, "tls.crt"), Path(directory, "tls.key")
+        certificate.write_bytes(pair.certificate)
+        key.write_bytes(pair.key)
+        try:
+            context.load_cert_chain(certificate, key)
+        except (ssl.SSLError, ValueError) as error:
+            raise StartError(f"the TLS certificate and key can't be used: {error}") from None
+    return context

@@ -1,0 +1,1 @@
+"""Producers: data about one request, made before filters and scorers run."""

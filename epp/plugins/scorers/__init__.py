@@ -1,0 +1,1 @@
+"""Scorers: one float in [0, 1] per endpoint."""

@@ -1,0 +1,62 @@
+"""A prompt's bytes become a chain of block hashes.
+
+h_i = xxh3_64(block_i, seed=h_{i-1}), h_{-1} = xxh3_64(model, 0, cache salt): equal hashes mean equal prompts up to that block, for
+that model and that tenant. Only whole blocks count. Blocks are *geometric* by default: `DOUBLE_EVERY` blocks of the base size
+twice over, then the size doubles every `DOUBLE_EVERY`, so that a 128k-token prompt is 222 blocks instead of 2 000 at a resolution
+of 1-3 % of the depth. Cost: about 0.17 µs a block.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import accumulate, pairwise
+
+import xxhash
+
+from epp.types import TOKEN_BYTES
+
+DOUBLE_EVERY = 32
+BLOCK_TOKENS_MIN = 64
+"""The reference picker's floor: a smaller block costs more than its resolution is worth."""
+
+
+class Blocks:
+    """How prompts are cut: `cumulative[i]` is the tokens in the first i + 1 blocks. At most `tokens_max` tokens are hashed."""
+
+    __slots__ = ("cumulative", "slices")
+
+    def __init__(self, block_tokens: int, tokens_max: int, blocks_max: int, *, geometric: bool) -> None:
+        sizes: list[int] = []
+        size, total = block_tokens, 0
+        while total + size <= tokens_max and len(sizes) < blocks_max:
+            sizes.append(size)
+            total += size
+            if geometric and len(sizes) >= 2 * DOUBLE_EVERY and len(sizes) % DOUBLE_EVERY == 0:
+                size *= 2
+        self.cumulative = tuple(accumulate(sizes))
+        self.slices = tuple(slice(a * TOKEN_BYTES, b * TOKEN_BYTES) for a, b in pairwise((0, *self.cumulative)))
+
+
+@cache
+def blocks(block_tokens: int, tokens_max: int, blocks_max: int, *, geometric: bool = True) -> Blocks:
+    return Blocks(block_tokens, tokens_max, blocks_max, geometric=geometric)
+
+
+def seed(model: str, cache_salt: str) -> int:
+    """Separates models and tenants: the same text under another model or salt shares nothing."""
+    return xxhash.xxh3_64_intdigest(f"{model}\0{cache_salt}".encode())
+
+
+def chain(prompt: bytes | memoryview, layout: Blocks, start: int) -> list[int]:
+    """One hash per whole block of `prompt`; empty when it is shorter than one block."""
+    length = len(prompt)
+    digest = xxhash.xxh3_64_intdigest
+    hashes: list[int] = []
+    add = hashes.append
+    previous = start
+    for part in layout.slices:
+        if part.stop > length:
+            break
+        previous = digest(prompt[part], previous)
+        add(previous)
+    return hashes
