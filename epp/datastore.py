@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from epp.clock import Clock
-from epp.types import Address, Endpoint, EndpointSpec, Revision, Snapshot
+from epp.types import Address, Changes, Endpoint, EndpointSpec, Snapshot
 
 ENDPOINTS_MAX = 10_000
 """Limit on the pool's size: an endpoint more is a fault in the source, not a pool."""
@@ -43,25 +43,27 @@ class Ticket:
         endpoint.sent_requests += 1
         endpoint.sent_tokens += tokens
         endpoint.picks_total += 1
-        endpoint.revision.value += 1
+        endpoint.changes.add(endpoint.slot)
 
     def first_token(self) -> None:
         """The prefill is done: its tokens weigh on the endpoint no longer."""
         if self._tokens:
             self.endpoint.inflight_tokens -= self._tokens
             self._tokens = 0
-            self.endpoint.revision.value += 1
+            self.endpoint.changes.add(self.endpoint.slot)
 
     def move(self, endpoint: Endpoint) -> None:
         """Another endpoint served the request (a retry by the gateway): the charge follows it."""
         if endpoint is self.endpoint or not self.requests:
             return
-        self.endpoint.inflight_requests -= 1
-        self.endpoint.inflight_tokens -= self._tokens
+        left = self.endpoint
+        left.inflight_requests -= 1
+        left.inflight_tokens -= self._tokens
+        left.changes.add(left.slot)
         self.endpoint = endpoint
         endpoint.inflight_requests += 1
         endpoint.inflight_tokens += self._tokens
-        endpoint.revision.value += 1
+        endpoint.changes.add(endpoint.slot)
 
     def release(self) -> None:
         """The request is over. Calling it again does nothing."""
@@ -69,7 +71,7 @@ class Ticket:
             self.first_token()
             self.requests = 0
             self.endpoint.inflight_requests -= 1
-            self.endpoint.revision.value += 1
+            self.endpoint.changes.add(self.endpoint.slot)
 
 
 class Datastore:
@@ -77,7 +79,7 @@ class Datastore:
 
     def __init__(self, clock: Clock, *, name: str = "default", endpoints_max: int = ENDPOINTS_MAX) -> None:
         self.name = name
-        self.revision = Revision()
+        self.changes = Changes()
         self.endpoints: dict[Address, Endpoint] = {}
         self.by_destination: dict[str, Endpoint] = {}
         self.ready = Snapshot.of(())
@@ -114,7 +116,7 @@ class Datastore:
         for address, spec in wanted.items():
             known = self.endpoints.get(address)
             if known is None:
-                endpoint = Endpoint(spec, self._take_slot(), self.revision)
+                endpoint = Endpoint(spec, self._take_slot(), self.changes)
                 self.endpoints[address] = endpoint
                 self.by_destination[endpoint.destination] = endpoint
                 come.append(endpoint)
@@ -147,7 +149,7 @@ class Datastore:
         endpoint.sent_tokens = max(0, endpoint.sent_tokens - sent_tokens)
         endpoint.scraped_at_s = self._clock.now_s()
         endpoint.scrape_failures = 0
-        self.revision.value += 1
+        self.changes.add(endpoint.slot)
         self.set_healthy(endpoint, healthy=True)
 
     def set_healthy(self, endpoint: Endpoint, *, healthy: bool) -> None:
@@ -162,7 +164,6 @@ class Datastore:
     def _refresh(self) -> None:
         everyone = list(self.endpoints.values())
         self.ready = Snapshot.of([e for e in everyone if e.healthy] or everyone)
-        self.revision.value += 1
 
     def _take_slot(self) -> int:
         if self._free_slots:

@@ -49,13 +49,30 @@ class EndpointSpec(NamedTuple):
     """Where `/metrics` is served, if not at `address`."""
 
 
-class Revision:
-    """Counts the changes to any endpoint's load in a pool, so that scores computed from load are kept until it moves."""
+class Changes:
+    """Which endpoints' load changed, in order: what was computed from load is brought up to date for those alone.
 
-    __slots__ = ("value",)
+    A reader remembers `count`; `since(count)` tells the slots changed after that, or None when it is too long ago to know.
+    """
+
+    __slots__ = ("_log", "count")
+
+    LOG_MAX = 1_024
 
     def __init__(self) -> None:
-        self.value = 0
+        self.count = 0
+        self._log: list[int] = []
+
+    def add(self, slot: int) -> None:
+        if len(self._log) == self.LOG_MAX:
+            self._log.clear()
+        self._log.append(slot)
+        self.count += 1
+
+    def since(self, count: int) -> Sequence[int] | None:
+        """May name a slot more than once."""
+        new = self.count - count
+        return self._log[-new:] if 0 < new <= len(self._log) else None
 
 
 class Endpoint:
@@ -66,15 +83,16 @@ class Endpoint:
     """
 
     __slots__ = (
-        "destination", "healthy", "inflight_requests", "inflight_tokens", "kv_capacity_tokens", "kv_usage", "labels", "name",
-        "namespace", "picks_total", "revision", "running", "scrape_failures", "scraped_at_s", "sent_requests", "sent_tokens", "slot",
+        "changes", "destination", "healthy", "inflight_requests", "inflight_tokens", "kv_capacity_tokens", "kv_usage", "labels", "name",
+        "namespace", "picks_total", "running", "scrape_failures", "scraped_at_s", "sent_requests", "sent_tokens", "slot",
         "spec", "waiting",
     )  # fmt: skip
 
-    def __init__(self, spec: EndpointSpec, slot: int, revision: Revision) -> None:
+    def __init__(self, spec: EndpointSpec, slot: int, changes: Changes) -> None:
         self.spec = spec
         self.slot = slot
-        self.revision = revision
+        self.changes = changes
+        """The pool's; whoever changes the fields below that scores depend on says so there."""
         self.name = spec.name
         self.namespace = spec.namespace
         self.labels = spec.labels

@@ -65,7 +65,7 @@ def decode(data: bytes) -> Event:
     return read(message) if read else UnknownMessage()
 
 
-def _request_headers(message: Any) -> RequestHeaders:
+def _request_headers(message: pb.ProcessingRequest) -> RequestHeaders:
     part = message.request_headers
     headers: dict[str, str] = {}
     bad = ""
@@ -80,19 +80,16 @@ def _request_headers(message: Any) -> RequestHeaders:
     event = RequestHeaders(headers, end_of_stream=part.end_of_stream)
     event.bad_header = bad
     if message.HasField("protocol_config"):
-        event.request_mode = _mode(message.protocol_config.request_body_mode)
-        event.response_mode = _mode(message.protocol_config.response_body_mode)
-        event.body_unasked = message.protocol_config.send_body_without_waiting_for_header_response
+        config = message.protocol_config
+        event.request_mode = _MODES.get(config.request_body_mode)
+        event.response_mode = _MODES.get(config.response_body_mode)
+        event.body_unasked = config.send_body_without_waiting_for_header_response
     if message.HasField("metadata_context"):
         event.subset = _subset(message.metadata_context.filter_metadata)
     return event
 
 
-def _mode(number: int) -> BodyMode | None:
-    try:
-        return BodyMode(number)
-    except ValueError:
-        return None
+_MODES: dict[int, BodyMode] = {mode.value: mode for mode in BodyMode}
 
 
 def _subset(filter_metadata: Any) -> tuple[str, ...] | None:
@@ -110,7 +107,7 @@ def _subset(filter_metadata: Any) -> tuple[str, ...] | None:
     return tuple(text.strip() for text in texts if text.strip())
 
 
-def _response_headers(message: Any) -> ResponseHeaders:
+def _response_headers(message: pb.ProcessingRequest) -> ResponseHeaders:
     part = message.response_headers
     status, event_stream = 0, False
     for header in part.headers.headers:
@@ -136,7 +133,7 @@ def _response_headers(message: Any) -> ResponseHeaders:
     return ResponseHeaders(status, event_stream=event_stream, served=served, code_details=details, end_of_stream=part.end_of_stream)
 
 
-_READERS: dict[str, Callable[[Any], Event]] = {
+_READERS: dict[str, Callable[[pb.ProcessingRequest], Event]] = {
     "request_headers": _request_headers,
     "response_headers": _response_headers,
     "request_trailers": lambda _message: RequestTrailers(),

@@ -39,10 +39,12 @@ class GrpcServer:
         process = grpc.stream_stream_rpc_method_handler(self._process)
         check = grpc.unary_unary_rpc_method_handler(_unary(health.check))
         listing = grpc.unary_unary_rpc_method_handler(_unary(health.list))
-        self._server.add_generic_rpc_handlers((
-            grpc.method_handlers_generic_handler(EXT_PROC_SERVICE, {"Process": process}),
-            grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check, "List": listing}),
-        ))
+        self._server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(EXT_PROC_SERVICE, {"Process": process}),
+                grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check, "List": listing}),
+            )
+        )
         self.port = 0
         self.open_streams = 0
 

@@ -94,6 +94,16 @@ class Shared:
     connections: set[H2Connection] = field(default_factory=set)
     closing: bool = False
     """New calls are refused; those open go on."""
+    emptied: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while closing, once no stream is open."""
+
+    @property
+    def open_streams(self) -> int:
+        return sum(connection.open_streams for connection in self.connections)
+
+    def stream_ended(self) -> None:
+        if self.closing and not self.open_streams:
+            self.emptied.set()
 
 
 class H2Connection(asyncio.BufferedProtocol):
@@ -141,11 +151,13 @@ class H2Connection(asyncio.BufferedProtocol):
             return
         shared.connections.add(self)
         limits = self._limits
-        self._connection.initiate_connection({
-            Setting.MAX_CONCURRENT_STREAMS: limits.streams_max,
-            Setting.INITIAL_WINDOW_SIZE: limits.stream_window_bytes,
-            Setting.MAX_FRAME_SIZE: limits.frame_bytes_max,
-        })
+        self._connection.initiate_connection(
+            {
+                Setting.MAX_CONCURRENT_STREAMS: limits.streams_max,
+                Setting.INITIAL_WINDOW_SIZE: limits.stream_window_bytes,
+                Setting.MAX_FRAME_SIZE: limits.frame_bytes_max,
+            }
+        )
         self._connection.set_local_window_size(limits.connection_window_bytes)
         self._flush()
 
@@ -178,6 +190,7 @@ class H2Connection(asyncio.BufferedProtocol):
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             self._end_session(stream)
+        self._shared.stream_ended()
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -226,6 +239,7 @@ class H2Connection(asyncio.BufferedProtocol):
         stream = self._streams.pop(event.stream_id, None)
         if stream is not None:
             self._end_session(stream)
+            self._shared.stream_ended()
 
     def _on_trailers(self, event: h2_events.TrailersReceived) -> None:
         stream = self._streams.get(event.stream_id)

@@ -64,7 +64,7 @@ class H2Server:
 
     @property
     def open_streams(self) -> int:
-        return sum(connection.open_streams for connection in self._shared.connections)
+        return self._shared.open_streams
 
     async def stop(self, grace_s: float) -> None:
         """No new connections or streams; those open get `grace_s` to end, then everything is closed."""
@@ -75,10 +75,10 @@ class H2Server:
         for connection in list(shared.connections):
             connection.announce_shutdown()
         shared.closing = True
+        shared.stream_ended()  # in case none is open
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
-                while self.open_streams:
-                    await asyncio.sleep(0.02)
+                await shared.emptied.wait()
         for connection in list(shared.connections):
             connection.close()
         await self._server.wait_closed()

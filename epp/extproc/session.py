@@ -82,7 +82,20 @@ class Phase(Enum):
 class Session:
     """See the module. `receive` takes one message, `half_closed` the end of the peer's messages, `closed` the end of the stream."""
 
-    __slots__ = ("_buffered_bytes", "_chunks", "_clock", "_director", "_exchange", "_headers", "_limits", "_phase", "_pieces", "_request_mode", "_response_streamed", "_started_s")
+    __slots__ = (
+        "_buffered_bytes",
+        "_chunks",
+        "_clock",
+        "_director",
+        "_exchange",
+        "_headers",
+        "_limits",
+        "_phase",
+        "_pieces",
+        "_request_mode",
+        "_response_streamed",
+        "_started_s",
+    )
 
     def __init__(self, director: Director, limits: Limits, clock: Clock) -> None:
         self._director = director

@@ -1,0 +1,126 @@
+"""argv -> options -> exit code; no logic. Exit codes: 0 done, 1 it failed, 2 wrong usage or configuration, 130 Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from epp import __version__
+from epp.config.options import add_picker_arguments, add_serve_arguments, port, serve_options
+from epp.demo import add_demo_arguments
+from epp.envoy import add_envoy_arguments
+from epp.errors import ConfigError, StartError
+from epp.observe import logs
+from epp.sim.options import add_sim_arguments
+
+DESCRIPTION = "Which model server should take this prompt? An Envoy ext_proc endpoint picker for LLM inference."
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="epp", description=DESCRIPTION)
+    top.add_argument("--version", action="version", version=f"epp {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve",
+        help="the picker alone, for a gateway that exists or a load generator",
+        description="Serve ext_proc for an existing gateway. Example: epp serve --endpoint 10.0.0.5:8000 --endpoint 10.0.0.6:8000",
+    )
+    add_serve_arguments(serve)
+    serve.set_defaults(run=_serve)
+
+    up = commands.add_parser(
+        "up",
+        help="picker and Envoy in front of engines that exist, on this machine",
+        description="Start the picker and a real Envoy. Example: epp up --endpoint 127.0.0.1:8000 --endpoint 127.0.0.1:8001 --listen :8080",
+    )
+    _add_up_arguments(up)
+    up.set_defaults(run=_up)
+
+    envoy_config = commands.add_parser(
+        "envoy-config",
+        help="print the Envoy configuration `epp up` would run",
+        description="Print (and with --validate check) the Envoy bootstrap for these endpoints.",
+    )
+    _add_up_arguments(envoy_config)
+    envoy_config.add_argument("--epp", default="127.0.0.1:9002", metavar="HOST:PORT", help="where the picker serves (default: %(default)s)")
+    envoy_config.add_argument("--validate", action="store_true", help="let Envoy check it before it is printed")
+    envoy_config.set_defaults(run=_envoy_config)
+
+    sim = commands.add_parser("sim", help="simulated model servers: vLLM's API and metrics, no GPU", description="Serve simulated engines.")
+    add_sim_arguments(sim)
+    sim.set_defaults(run=_sim)
+
+    demo = commands.add_parser(
+        "demo",
+        help="see it work: simulated engines, the picker and Envoy under load",
+        description="The whole thing on one machine, in a minute.",
+    )
+    add_demo_arguments(demo)
+    demo.set_defaults(run=_demo)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if "verbosity" in args:
+        logs.setup(verbosity=args.verbosity, encoder=args.zap_encoder)
+    try:
+        code = args.run(args)
+    except ConfigError as error:
+        print(f"epp: {error}", file=sys.stderr)
+        return 2
+    except StartError as error:
+        print(f"epp: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    assert isinstance(code, int)
+    return code
+
+
+def _add_up_arguments(command: argparse.ArgumentParser) -> None:
+    add_picker_arguments(command)
+    add_envoy_arguments(command)
+    command.add_argument("--metrics-port", type=port, default=9090, metavar="PORT", help="the picker's /metrics (default: %(default)s)")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from epp.app import run, serve
+
+    options = serve_options(args)
+    return run(lambda: serve(options))
+
+
+def _up(args: argparse.Namespace) -> int:
+    from epp.app import run
+    from epp.up import up
+
+    return run(lambda: up(args))
+
+
+def _envoy_config(args: argparse.Namespace) -> int:
+    from epp.app import run
+    from epp.up import print_envoy_config
+
+    return run(lambda: print_envoy_config(args))
+
+
+def _sim(args: argparse.Namespace) -> int:
+    from epp.app import run
+    from epp.sim.options import sim_options
+    from epp.sim.server import serve_engines
+
+    async def serve() -> int:
+        await serve_engines(sim_options(args))
+        return 0
+
+    return run(serve)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from epp.app import run
+    from epp.demo.runner import run_demo
+
+    return run(lambda: run_demo(args))
