@@ -9,7 +9,8 @@ unknown field is an error); `type` is the name users write. It becomes a scorer,
     Producer.produce puts data about this request on the request before filters run
 
 `score_sparse` is for scorers that are zero for most endpoints (a prefix hit): it replaces `score` on the request path. A scorer
-whose result depends on endpoint load alone says `per_request = False`, and is computed once per change of load, not per request.
+whose result depends on endpoint load alone says `per_request = False`, and is computed when load changes, not per request: for all
+endpoints, or only for those that changed if it also says how each stands by itself (`PointwiseScorer`, `RangeScorer`).
 Optional hooks, found once when the pipeline is built: `picked(request, endpoint)`, `removed(endpoint)`.
 """
 
@@ -75,6 +76,39 @@ class Producer(Protocol):
     def produce(self, request: LLMRequest, mask: int) -> None:
         """Put data on the request; `mask` has bit `slot` set for each candidate."""
         ...
+
+
+class PointwiseScorer(Plugin):
+    """A scorer of load whose score of an endpoint depends on that endpoint alone."""
+
+    per_request: ClassVar[bool] = False
+
+    def score_one(self, endpoint: Endpoint) -> float:
+        """In [0, 1]."""
+        raise NotImplementedError
+
+    def score(self, _request: LLMRequest, endpoints: Sequence[Endpoint]) -> Sequence[float]:
+        return [self.score_one(endpoint) for endpoint in endpoints]
+
+
+class RangeScorer(Plugin):
+    """A scorer of load: (max - x) / (max - min) of a measure over the candidates, 1 for all when they are equal."""
+
+    per_request: ClassVar[bool] = False
+
+    def measure(self, endpoint: Endpoint) -> float:
+        """Finite; the lower the better."""
+        raise NotImplementedError
+
+    def score(self, _request: LLMRequest, endpoints: Sequence[Endpoint]) -> Sequence[float]:
+        measures = [self.measure(endpoint) for endpoint in endpoints]
+        low, high = min(measures), max(measures)
+        return [range_score(measure, low, high) for measure in measures]
+
+
+def range_score(measure: float, low: float, high: float) -> float:
+    """(high - x) / (high - low); 1 where there is no range."""
+    return (high - measure) / (high - low) if high > low else 1.0
 
 
 PickedHook = Callable[[LLMRequest, Endpoint], None]

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-from epp.plugins.base import Plugin
-from epp.types import Endpoint, LLMRequest
+from epp.plugins.base import RangeScorer
+from epp.types import Endpoint
 
 
-class QueueScorer(Plugin):
+class QueueScorer(RangeScorer):
     """(max - q) / (max - min) over the candidates' waiting requests; 1 for all when they are equal."""
 
     type: ClassVar[str] = "queue-scorer"
-    per_request: ClassVar[bool] = False
 
-    def score(self, _request: LLMRequest, endpoints: Sequence[Endpoint]) -> Sequence[float]:
-        depths = [e.waiting_estimate for e in endpoints]
-        low, high = min(depths), max(depths)
-        if low == high:
-            return [1.0] * len(depths)
-        span = high - low
-        return [(high - depth) / span for depth in depths]
+    def measure(self, endpoint: Endpoint) -> float:
+        return endpoint.waiting_estimate

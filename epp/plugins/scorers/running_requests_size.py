@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-from epp.plugins.base import Plugin
-from epp.types import Endpoint, LLMRequest
+from epp.plugins.base import RangeScorer
+from epp.types import Endpoint
 
 
-class RunningRequestsSizeScorer(Plugin):
+class RunningRequestsSizeScorer(RangeScorer):
     """(max - r) / (max - min) over the candidates' running requests; 1 for all when they are equal."""
 
     type: ClassVar[str] = "running-requests-size-scorer"
-    per_request: ClassVar[bool] = False
 
-    def score(self, _request: LLMRequest, endpoints: Sequence[Endpoint]) -> Sequence[float]:
-        sizes = [e.running_estimate for e in endpoints]
-        low, high = min(sizes), max(sizes)
-        if low == high:
-            return [1.0] * len(sizes)
-        span = high - low
-        return [(high - size) / span for size in sizes]
+    def measure(self, endpoint: Endpoint) -> float:
+        return endpoint.running_estimate

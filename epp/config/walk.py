@@ -1,0 +1,97 @@
+"""Going through a document and noting every fault with its path, instead of stopping at the first.
+
+Each method returns something usable even after a fault, so that the walk goes on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from epp.errors import Problem
+
+
+class Walk:
+    def __init__(self, problems: list[Problem] | None = None) -> None:
+        self.problems: list[Problem] = list(problems or ())
+
+    def fault(self, path: str, message: str) -> None:
+        self.problems.append(Problem(path, message))
+
+    def mapping(self, value: Any, path: str, known: Collection[str]) -> Mapping[str, Any]:
+        """The mapping's known fields that are set; anything else in it is a fault."""
+        if not isinstance(value, Mapping):
+            self.fault(path, f"must be a mapping, not {kind(value)}")
+            return {}
+        fields = {}
+        for key, item in value.items():
+            if not isinstance(key, str) or key not in known:
+                self.fault(join(path, key), f"unknown field{suggestion(str(key), known)}")
+            elif item is not None:
+                fields[key] = item
+        return fields
+
+    def items(self, value: Any, path: str) -> list[Any]:
+        """The list; an absent one is empty."""
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            self.fault(path, f"must be a list, not {kind(value)}")
+            return []
+        return value
+
+    def text(self, value: Any, path: str, *, required: bool = False) -> str:
+        if value is None or value == "":
+            if required:
+                self.fault(path, "is missing")
+            return ""
+        if not isinstance(value, str):
+            self.fault(path, f"must be a string, not {kind(value)}; put it in quotes")
+            return ""
+        return value
+
+    def number(self, value: Any, path: str, default: float) -> float:
+        """A finite number, 0 or more."""
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.fault(path, f"must be a number, not {kind(value)}")
+            return default
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number) or number < 0:
+            self.fault(path, f"must be a finite number, 0 or more, not {number:g}")
+            return default
+        return number
+
+
+def join(path: str, name: object) -> str:
+    return f"{path}.{name}" if path else str(name)
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """`; did you mean ...?`, or which names there are when none is near."""
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; known: {', '.join(sorted(known))}" if known else ""
+
+
+def kind(value: Any) -> str:
+    """What a value is, in the words of YAML."""
+    if value is None:
+        return "null"
+    for types, word in (
+        ((bool,), "a boolean"),
+        ((int, float), "a number"),
+        ((str,), "a string"),
+        ((list,), "a list"),
+        ((Mapping,), "a mapping"),
+    ):
+        if isinstance(value, types):
+            return word
+    return f"a {type(value).__name__}"

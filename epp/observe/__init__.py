@@ -1,0 +1,1 @@
+"""What operators see: metric cells and their exposition, structured logs."""
