@@ -6,7 +6,8 @@ Inf; a HELP or TYPE line or a longer name that starts the same is no sample. A s
 
 Not here: which names an engine uses (its own file). Never raises, whatever the bytes.
 
-Cost: 12 to 20 µs a family in 60 KB: the search goes to the end, for a proxy may have joined several answers.
+Cost: 2 to 15 µs a family in 60 KB: a family is one group of lines (exposition format, "Grouping and sorting"), so the search ends where
+the next one's TYPE line is.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ _ESCAPE = re.compile(rb"\\(.)")
 
 def find_all(text: bytes, family: bytes) -> list[tuple[bytes, float]]:
     """Every sample of the family, in order, as (labels without braces, value)."""
-    found = []
-    end = 0
-    while (at := text.find(family, end)) != -1:
+    found: list[tuple[bytes, float]] = []
+    end, limit = 0, len(text)
+    while (at := text.find(family, end, limit)) != -1:
         end = at + len(family)
         if text[end : end + 1] not in {b"{", b" ", b"\t"} or not _starts_line(text, at):
             continue
@@ -34,6 +35,9 @@ def find_all(text: bytes, family: bytes) -> list[tuple[bytes, float]]:
         if sample is None:
             continue
         end = sample.end()
+        if limit == len(text):  # the group's first sample
+            next_family = text.find(b"\n# TYPE ", end)
+            limit = next_family if next_family != -1 else limit
         try:
             found.append((sample[1] or b"", float(sample[2])))
         except ValueError:

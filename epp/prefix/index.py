@@ -56,8 +56,9 @@ class PrefixIndex:
         return sum(self.held_blocks(slot) for slot in self._held)
 
     def held_blocks(self, slot: int) -> int:
+        """Blocks remembered for that endpoint; one that both generations hold counts twice, as it does in memory."""
         held = self._held.get(slot)
-        return len(held.young.keys() | held.old.keys()) if held else 0
+        return len(held.young) + len(held.old) if held else 0
 
     def lookup(self, hashes: Sequence[int], mask: int) -> dict[int, int]:
         """slot -> leading blocks of `hashes` that endpoint has, for the slots in `mask` that have any."""
@@ -106,7 +107,9 @@ class PrefixIndex:
         if low == len(hashes):
             return
         new_tokens = cumulative_tokens[len(hashes) - 1] - (cumulative_tokens[low - 1] if low else 0)
-        if len(young) + len(hashes) - low > half or (held.capacity_tokens and held.young_tokens + new_tokens > held.capacity_tokens and young):
+        if len(young) + len(hashes) - low > half or (
+            held.capacity_tokens and held.young_tokens + new_tokens > held.capacity_tokens and young
+        ):
             self._rotate(slot, held)
             young = held.young
             low, new_tokens = 0, cumulative_tokens[len(hashes) - 1]

@@ -74,7 +74,9 @@ LABELS = st.dictionaries(st.sampled_from(["engine", "model_name", "reason"]), st
 
 
 @settings(deadline=None)  # the machine's load is not what is tested
-@given(st.lists(st.tuples(NAMES, st.lists(st.tuples(LABELS, st.floats()), max_size=4)), max_size=5), NAMES)
+@given(
+    st.lists(st.tuples(NAMES, st.lists(st.tuples(LABELS, st.floats()), max_size=4)), max_size=5, unique_by=lambda family: family[0]), NAMES
+)
 def test_agrees_with_the_full_parser(families: list[tuple[str, list[tuple[dict[str, str], float]]]], wanted: str) -> None:
     class Families:
         def collect(self) -> list[GaugeMetricFamily]:
