@@ -33,7 +33,7 @@ from epp.engines.vllm import Vllm
 from epp.errors import ConfigError, Problem, StartError
 from epp.extproc import tls
 from epp.extproc.grpc_aio import GrpcServer
-from epp.extproc.h2 import H2Limits
+from epp.extproc.h2_policy import H2Limits
 from epp.extproc.health import Health
 from epp.extproc.server import H2Server, listen_problem
 from epp.extproc.session import Limits, Session

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from epp.clock import Clock
 from epp.errors import StartError
-from epp.extproc.h2 import HEALTH_CHECK, HEALTH_LIST, H2Connection, H2Limits, Shared
+from epp.extproc.h2 import HEALTH_CHECK, HEALTH_LIST, H2Connection
+from epp.extproc.h2_policy import H2Limits, Shared
 from epp.extproc.health import Health
 from epp.extproc.session import Limits, Session
 

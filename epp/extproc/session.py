@@ -176,7 +176,7 @@ class Session:
             return []
         if event.body:
             self._take(event.body)
-        if event.end_of_stream:
+        if event.end_of_stream or self._request_mode is BodyMode.BUFFERED:  # buffered before trailers, it does not say that it ends
             return self._route(bodies=1 + self._pieces)
         if self._request_mode is BodyMode.BUFFERED_PARTIAL:
             return self._route(bodies=1, cut=True)
