@@ -72,9 +72,9 @@ class Exchange:
             self._usage = SseUsage() if event_stream else JsonUsage()
 
     def response_chunk(self, body: bytes) -> None:
-        """A piece of the response body passed; the first one is the first token."""
+        """A piece of the response body passed, not empty; the first one is the first token."""
         ticket = self._ticket
-        if ticket is None or not body:
+        if ticket is None:
             return
         now_s = self._clock.now_s()
         if not self._first_s:

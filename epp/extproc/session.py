@@ -90,6 +90,7 @@ class Session:
         "_exchange",
         "_headers",
         "_limits",
+        "_passing",
         "_phase",
         "_pieces",
         "_request_mode",
@@ -107,7 +108,9 @@ class Session:
         self._headers: RequestHeaders | None = None
         self._chunks: list[bytes] = []
         self._pieces = 0
-        """Body messages taken and not yet answered."""
+        """Body messages taken."""
+        self._passing = False
+        """The decision is made and the rest of the body passes by (STREAMED)."""
         self._buffered_bytes = 0
         self._exchange: Exchange | None = None
         self._started_s = 0.0
@@ -125,19 +128,11 @@ class Session:
         handle = self._ON.get(type(event))
         if handle is None or self._phase is Phase.ANSWERED:
             return []
-        try:
-            return handle(self, event)
-        except EppError as error:
-            return self._answer(error)
-        except Exception:  # noqa: BLE001 - a bug of ours must reach the client as a 500 with a body, never as a gRPC error (rule 11)
-            _log.exception("unexpected error while handling a %s message", type(event).__name__)
-            return self._answer(EppError("internal error in the endpoint picker"))
+        return self._guarded(handle, self, event)
 
     def half_closed(self) -> list[Reply]:
         """The peer sends no more. Not a cancel: NGINX Gateway Fabric does so after the body and waits for the answer (rule 9)."""
-        if self._phase is Phase.BODY:
-            return self.receive(RequestBody(b"", True))
-        return []
+        return self._guarded(self._route) if self._phase is Phase.BODY else []
 
     def reject(self, error: EppError) -> list[Reply]:
         """The transport can't take what the peer sends (too large a message): answer the client, if that is still possible."""
@@ -150,6 +145,16 @@ class Session:
         if self._exchange is not None:
             self._exchange.finish(complete=False)
             self._exchange = None
+
+    def _guarded(self, handle: Callable[..., list[Reply]], *args: object) -> list[Reply]:
+        """Whatever goes wrong becomes an answer to the client, never a gRPC error (rule 11)."""
+        try:
+            return handle(*args)
+        except EppError as error:
+            return self._answer(error)
+        except Exception:  # noqa: BLE001 - a bug of ours must reach the client as a 500 with a body
+            _log.exception("unexpected error in the request phase")
+            return self._answer(EppError("internal error in the endpoint picker"))
 
     def _on_request_headers(self, event: RequestHeaders) -> list[Reply]:
         if self._phase is not Phase.HEADERS:
@@ -164,23 +169,26 @@ class Session:
             raise BadRequestError(f"the value of header {event.bad_header!r} is not valid UTF-8")
         mode = self._request_mode
         if event.end_of_stream or mode is BodyMode.NONE or (mode is BodyMode.STREAMED and not event.body_unasked):
+            self._passing = mode is BodyMode.STREAMED and not event.end_of_stream
             return self._route()  # there is no body, or none before the decision: route by load
         if mode in (BodyMode.BUFFERED, BodyMode.BUFFERED_PARTIAL):
             return [ContinueHeaders(response=False)]  # the body is not sent before (rule 4)
         return []
 
     def _on_request_body(self, event: RequestBody) -> list[Reply]:
-        if self._phase is Phase.ROUTED and self._request_mode not in _STREAMED_BACK:
+        if self._phase is Phase.ROUTED and self._passing:
+            self._passing = not event.end_of_stream
             return [ContinueBody(response=False)]
         if self._phase is not Phase.BODY:
             return []
         if event.body:
             self._take(event.body)
-        if event.end_of_stream or self._request_mode is BodyMode.BUFFERED:  # buffered before trailers, it does not say that it ends
-            return self._route(bodies=1 + self._pieces)
-        if self._request_mode is BodyMode.BUFFERED_PARTIAL:
-            return self._route(bodies=1, cut=True)
         self._pieces += 1
+        mode = self._request_mode
+        if event.end_of_stream or mode is BodyMode.BUFFERED:  # buffered before trailers, it does not say that it ends
+            return self._route()
+        if mode is BodyMode.BUFFERED_PARTIAL:
+            return self._route(cut=True)
         return []
 
     def _take(self, body: bytes) -> None:
@@ -199,41 +207,53 @@ class Session:
     def _on_request_trailers(self, _event: Event) -> list[Reply]:
         if self._phase is Phase.BODY:
             # Trailers end the body: no piece of it says so (section 2.1), and one that never came is not replied to (rule 14).
-            return [*self._route(bodies=self._pieces, trailers=True), ContinueTrailers(response=False)]
+            return [*self._route(trailers=True), ContinueTrailers(response=False)]
         return [ContinueTrailers(response=False)]
 
     def _on_response_headers(self, event: ResponseHeaders) -> list[Reply]:
-        if self._exchange is not None:
-            self._exchange.response_headers(
-                event.status, event_stream=event.event_stream, served=event.served, code_details=event.code_details
+        exchange = self._exchange
+        if exchange is not None:
+            self._learn(
+                exchange.response_headers,
+                event.status,
+                event_stream=event.event_stream,
+                served=event.served,
+                code_details=event.code_details,
             )
             if event.end_of_stream:
                 self._complete()
         return [ContinueHeaders(response=True)]
 
     def _on_response_body(self, event: ResponseBody) -> list[Reply]:
-        reply: Reply
-        if self._response_streamed:
-            reply = StreamedBody(event.body, end_of_stream=event.end_of_stream, response=True)
-        else:
-            reply = ContinueBody(response=True)
-        if self._exchange is not None:
-            self._exchange.response_chunk(event.body)
+        exchange = self._exchange
+        if exchange is not None:
+            if event.body:
+                self._learn(exchange.response_chunk, event.body)
             if event.end_of_stream:
                 self._complete()
-        return [reply]
+        if self._response_streamed:
+            return [StreamedBody(event.body, end_of_stream=event.end_of_stream, response=True)]
+        return [ContinueBody(response=True)]
 
     def _on_response_trailers(self, _event: Event) -> list[Reply]:
         self._complete()
         return [ContinueTrailers(response=True)]
 
-    def _complete(self) -> None:
-        if self._exchange is not None:
-            self._exchange.finish(complete=True)
-            self._exchange = None
+    @staticmethod
+    def _learn(see: Callable[..., None], *args: object, **named: object) -> None:
+        """What we fail to learn of a response must not keep it from the client."""
+        try:
+            see(*args, **named)
+        except Exception:  # noqa: BLE001 - see above
+            _log.exception("unexpected error while reading a response")
 
-    def _route(self, *, bodies: int = 0, trailers: bool = False, cut: bool = False) -> list[Reply]:
-        """Decide, then the request-phase replies in their order. `bodies`: body messages to answer; `cut`: the body is not whole."""
+    def _complete(self) -> None:
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            self._learn(exchange.finish, complete=True)
+
+    def _route(self, *, trailers: bool = False, cut: bool = False) -> list[Reply]:
+        """Decide, then the request-phase replies in their order. `cut`: the body taken is not the whole one."""
         event = self._headers
         assert event is not None
         chunks = self._chunks
@@ -242,19 +262,17 @@ class Session:
         request_id = headers.get("x-request-id", "")
         new_id = "" if request_id else str(uuid.uuid4())
         request = LLMRequest(id=request_id or new_id, path=routes.path_of(headers), headers=headers)
-        whole = body if bodies and not cut else None
+        whole = body if self._pieces and not cut else None
         self._exchange = self._director.route(request, whole, event.subset, self._started_s)
         self._phase = Phase.ROUTED
         self._drop_body()
         destination = self._exchange.decision.destination
-        mode = self._request_mode
+        mode, pieces = self._request_mode, self._pieces
         if mode is BodyMode.FULL_DUPLEX_STREAMED:
-            replies: list[Reply] = [RouteReply(destination, len(body) if body else -1, new_id)]
-            if bodies:
-                replies += _streamed(body, ends=not trailers)
-            return replies
-        if mode is BodyMode.STREAMED or not bodies:
-            return [RouteReply(destination, request_id=new_id), *(ContinueBody(response=False) for _ in range(bodies))]
+            route = RouteReply(destination, len(body) if body else -1, new_id)
+            return [route, *_streamed(body, ends=not trailers)] if pieces else [route]
+        if mode is BodyMode.STREAMED or not pieces:
+            return [RouteReply(destination, request_id=new_id), *(ContinueBody(response=False) for _ in range(pieces))]
         return [RouteReply(destination, request_id=new_id, in_body=True)]
 
     def _answer(self, error: EppError) -> list[Reply]:

@@ -10,7 +10,8 @@ Cost: about 36 µs for 128 KB.
 from __future__ import annotations
 
 from array import array
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -20,6 +21,7 @@ from epp.types import TOKEN_BYTES, LLMRequest
 Kind = Literal["chat", "completion", ""]
 
 _NONE = msgspec.Raw(b"")
+_T = TypeVar("_T")
 
 
 class _Body(msgspec.Struct, gc=False):
@@ -51,14 +53,13 @@ def parse(request: LLMRequest, body: bytes, kind: Kind) -> None:
     left with its model alone: it is routed by load, and the engine says what is wrong with it.
     """
     try:
-        parsed = _decode(body)
+        parsed = _decoded(_decode, body)
     except msgspec.ValidationError:
-        _parse_named(request, body)
+        try:
+            _set_model(request, _decoded(_decode_named, body).model)
+        except msgspec.ValidationError as error:
+            raise BadRequestError(f"the request body is not understood: {error}") from None
         return
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequestError(f"the request body is not valid JSON: {error}") from None
-    except RecursionError:
-        raise BadRequestError("the request body is nested too deeply") from None
     _set_model(request, parsed.model)
     request.stream = parsed.stream is True
     if parsed.max_completion_tokens is not None:
@@ -72,11 +73,16 @@ def parse(request: LLMRequest, body: bytes, kind: Kind) -> None:
         _set_completion_prompt(request, bytes(parsed.prompt))
 
 
-def _parse_named(request: LLMRequest, body: bytes) -> None:
+def _decoded(decode: Callable[[bytes], _T], body: bytes) -> _T:
+    """Raises BadRequestError for bad JSON, msgspec.ValidationError for JSON of another shape."""
     try:
-        _set_model(request, _decode_named(body).model)
-    except msgspec.ValidationError as error:
-        raise BadRequestError(f"the request body is not understood: {error}") from None
+        return decode(body)
+    except msgspec.ValidationError:
+        raise
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequestError(f"the request body is not valid JSON: {error}") from None
+    except RecursionError:
+        raise BadRequestError("the request body is nested too deeply") from None
 
 
 def _set_model(request: LLMRequest, model: str) -> None:

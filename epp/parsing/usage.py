@@ -107,7 +107,7 @@ class JsonUsage:
             return None
         try:
             _, end = json.JSONDecoder().raw_decode(self._tail[start:].decode("utf-8", "replace"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         return _decoded(b'{"usage":' + self._tail[start:].decode("utf-8", "replace")[:end].encode() + b"}")
 
@@ -115,7 +115,7 @@ class JsonUsage:
 def _decoded(text: bytes) -> Usage | None:
     try:
         usage = _decode(text).usage
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (msgspec.DecodeError, ValueError, RecursionError):  # ValueError: bad UTF-8, a number beyond any float
         return None
     if usage is None:
         return None

@@ -148,10 +148,12 @@ class PrefixIndex:
                 budget -= self._drop(slot, held, held.dropping, budget)
                 if budget <= 0:
                     break
-        while self._retired and budget > 0:
+        while self._retired:
             slot, held, then = self._retired[0]
             # newest first: young, then old, then what was already being dropped
             generation = held.young or held.old or held.dropping
+            if generation and budget <= 0:
+                break
             if generation:
                 budget -= self._clear(slot, generation, budget)
                 continue
