@@ -102,6 +102,8 @@ class Picker:
         def new_session() -> Session:
             return Session(self.director, self.session_limits, clock)
 
+        if options.client_ca_file and not options.secure_serving:
+            raise ConfigError("command line", [Problem("--client-ca-file", "needs TLS: leave --secure-serving on")])
         pair = (tls.load(options.cert_path) if options.cert_path else tls.self_signed()) if options.secure_serving else None
         self.ext_proc: H2Server | GrpcServer
         if options.transport == "grpc":
@@ -109,8 +111,9 @@ class Picker:
                 new_session=new_session,
                 health=self.health,
                 message_bytes_max=limits.message_bytes_max,
-                tls=pair,
                 streams_max=limits.streams_max,
+                tls=pair,
+                client_ca_file=options.client_ca_file,
             )
         else:
             self.ext_proc = H2Server(
@@ -119,8 +122,11 @@ class Picker:
                 limits=limits,
                 clock=clock,
                 new_session=new_session,
-                tls=tls.server_context(pair) if pair else None,
+                tls=tls.server_context(pair, client_ca_file=options.client_ca_file) if pair else None,
             )
+        self._reloader = None
+        if pair is not None and options.cert_path and options.enable_cert_reload:
+            self._reloader = tls.Reloader(options.cert_path, pair, self.ext_proc.present)
         self.health_server = H2Server(health=self.health, session_limits=self.session_limits, limits=limits, clock=clock)
         self.metrics_server = _MetricsServer(self.metrics)
 
@@ -142,6 +148,8 @@ class Picker:
                 loops = [self.scraper.run(), self.ext_proc.run(), self.health_server.run(), forever(self._tick, INDEX_TICK_S)]
                 if self._source is not None:
                     loops.append(self._source.run())
+                if self._reloader is not None:
+                    loops.append(forever(self._reloader.once, tls.RELOAD_S))
                 running = [tasks.create_task(loop) for loop in loops]
                 self.health.ready = True
                 _collect_rarely()

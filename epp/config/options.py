@@ -26,6 +26,8 @@ class ServeOptions:
     transport: Literal["h2", "grpc"] = "h2"
     secure_serving: bool = True
     cert_path: str = ""
+    enable_cert_reload: bool = True
+    client_ca_file: str = ""
     max_body_bytes: int = 64 * MEBIBYTE
     max_buffered_bytes: int = 1024 * MEBIBYTE
     disable_endpoint_subset_filter: bool = False
@@ -111,6 +113,18 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     server.add_argument(
         "--cert-path", default="", metavar="DIR", help="directory with tls.crt and tls.key (default: a self-signed certificate)"
+    )
+    server.add_argument(
+        "--enable-cert-reload",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=True,
+        metavar="BOOL",
+        help="present a renewed certificate from --cert-path without a restart (default: true)",
+    )
+    server.add_argument(
+        "--client-ca-file", default="", metavar="FILE", help="on the ext_proc port, take only clients with a certificate of this authority"
     )
     server.add_argument(
         "--health-checking",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,17 +17,25 @@ from epp.errors import StartError
 from epp.extproc import codec
 from epp.extproc.health import EXT_PROC_SERVICE, Health
 from epp.extproc.session import Session
-from epp.extproc.tls import KeyPair
+from epp.extproc.tls import KeyPair, server_context
 
 
 class GrpcServer:
     """One ext_proc port on grpc.aio; the same doors as server.H2Server."""
 
     def __init__(
-        self, *, new_session: Callable[[], Session], health: Health, message_bytes_max: int, tls: KeyPair | None, streams_max: int
+        self,
+        *,
+        new_session: Callable[[], Session],
+        health: Health,
+        message_bytes_max: int,
+        streams_max: int,
+        tls: KeyPair | None = None,
+        client_ca_file: str = "",
     ) -> None:
         self._new_session = new_session
         self._tls = tls
+        self._client_ca = _read(client_ca_file) if client_ca_file else None
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", message_bytes_max),
@@ -55,11 +64,18 @@ class GrpcServer:
             if self._tls is None:
                 self.port = self._server.add_insecure_port(address)
             else:
-                credentials = grpc.ssl_server_credentials([(self._tls.key, self._tls.certificate)])
-                self.port = self._server.add_secure_port(address, credentials)
+                fetched = grpc.dynamic_ssl_server_credentials(
+                    self._certificates(), self._certificates, require_client_authentication=self._client_ca is not None
+                )
+                self.port = self._server.add_secure_port(address, fetched)
         except RuntimeError:
             raise StartError(f"port {port} is in use ({address}); choose another or stop what listens there") from None
         await self._server.start()
+
+    def present(self, pair: KeyPair) -> None:
+        """New connections get this certificate. Raises StartError if certificate and key do not fit together."""
+        server_context(pair)  # grpcio would find out at the next handshake
+        self._tls = pair
 
     async def run(self) -> None:
         """grpcio keeps its connections alive by itself."""
@@ -67,6 +83,10 @@ class GrpcServer:
 
     async def stop(self, grace_s: float) -> None:
         await self._server.stop(grace_s)
+
+    def _certificates(self) -> Any:
+        assert self._tls is not None
+        return grpc.ssl_server_certificate_configuration([(self._tls.key, self._tls.certificate)], root_certificates=self._client_ca)
 
     async def _process(self, _requests: Any, context: Any) -> None:
         session = self._new_session()
@@ -89,6 +109,13 @@ class GrpcServer:
         finally:  # also when the peer resets the stream: grpcio cancels this task
             self.open_streams -= 1
             session.closed()
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise StartError(f"--client-ca-file {path}: {error.strerror}") from None
 
 
 def _unary(handle: Callable[[bytes], bytes]) -> Callable[[bytes, Any], Any]:

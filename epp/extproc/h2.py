@@ -23,7 +23,7 @@ from ngh2.enums import Setting
 from epp.errors import BodyTooLargeError
 from epp.extproc import codec
 from epp.extproc.grpc_frames import INTERNAL, INVALID_ARGUMENT, OK, UNAVAILABLE, UNIMPLEMENTED, Deframer, framed
-from epp.extproc.h2_policy import UNREACHABLE, Shared
+from epp.extproc.h2_policy import RESET_BURST, RESETS_PER_S, Shared
 from epp.extproc.messages import Reply
 from epp.extproc.session import Session
 
@@ -78,8 +78,7 @@ class H2Connection(asyncio.BufferedProtocol):
             Role.SERVER,
             Configuration(
                 auto_window_update=False,
-                stream_reset_rate_limit=UNREACHABLE,
-                glitch_rate_limit=UNREACHABLE,
+                stream_reset_rate_limit=(RESET_BURST, RESETS_PER_S),
                 max_inbound_header_list_size=self._limits.header_bytes_max,
             ),
         )
@@ -87,6 +86,7 @@ class H2Connection(asyncio.BufferedProtocol):
         self._last_read_s = shared.clock.now_s()
         self._heard = False
         self._pinged_s = 0.0
+        self._stalled_s = 0.0
         self._on: dict[type, Callable[[Any], None]] = {
             h2_events.RequestReceived: self._on_request,
             h2_events.DataReceived: self._on_data,
@@ -195,10 +195,7 @@ class H2Connection(asyncio.BufferedProtocol):
             self._half_closed(stream)
 
     def _on_over(self, event: h2_events.StreamReset | h2_events.StreamClosed) -> None:
-        stream = self._streams.pop(event.stream_id, None)
-        if stream is not None:
-            self._release(stream)
-            self._shared.stream_ended()
+        self._over(event.stream_id)
 
     def _on_trailers(self, event: h2_events.TrailersReceived) -> None:
         stream = self._streams.get(event.stream_id)
@@ -268,6 +265,12 @@ class H2Connection(asyncio.BufferedProtocol):
             stream.waiting = True
             self._dirty.append(stream)
 
+    def _over(self, stream_id: int) -> None:
+        stream = self._streams.pop(stream_id, None)
+        if stream is not None:
+            self._release(stream)
+            self._shared.stream_ended()
+
     def _release(self, stream: _Stream) -> None:
         """The call is over, for whatever reason."""
         stream.ending = stream.ending or _OK
@@ -289,6 +292,8 @@ class H2Connection(asyncio.BufferedProtocol):
             for count, stream_id in held:
                 connection.acknowledge_received_data(count, stream_id)
         self._write(connection.data_to_send())
+        if self._shared.closing:
+            self._shared.stream_ended()
         if not connection.want_read and not connection.want_write:
             self.close()
 
@@ -300,16 +305,18 @@ class H2Connection(asyncio.BufferedProtocol):
         replies, stream.replies = stream.replies, []
         data = codec.frame(replies) if replies else stream.answer
         ending = stream.ending
-        if not stream.headers_sent:
-            stream.headers_sent = True
-            if ending is not None and not data:
-                connection.send_response(stream.id, (*RESPONSE_HEADERS, *ending), end_stream=True)
-                return
-            connection.send_response(stream.id, RESPONSE_HEADERS)
-        if data:
-            connection.send_data(stream.id, data)
-        if ending is not None:
-            connection.send_trailers(stream.id, ending)
+        if ending is not None and not data and not stream.headers_sent:
+            connection.send_response(stream.id, (*RESPONSE_HEADERS, *ending), end_stream=True)
+        else:
+            if not stream.headers_sent:
+                stream.headers_sent = True
+                connection.send_response(stream.id, RESPONSE_HEADERS)
+            if data:
+                connection.send_data(stream.id, data)
+            if ending is not None:
+                connection.send_trailers(stream.id, ending)
+        if ending is not None:  # nothing the peer may still say matters
+            self._over(stream.id)
 
     def _write(self, data: bytes) -> None:
         if data and self._transport is not None:
@@ -319,11 +326,19 @@ class H2Connection(asyncio.BufferedProtocol):
 
     @property
     def open_streams(self) -> int:
-        return len(self._streams)
+        """Calls that are not over; while replies of the last ones wait for the peer's window, still one."""
+        return len(self._streams) or int(self._queued_bytes() > 0)
 
     def check_alive(self, now_s: float) -> None:
-        """Close a peer that never spoke, or that no longer answers; called every few seconds."""
+        """Close a peer that never spoke, no longer answers, or takes no reply; called every few seconds."""
         limits = self._limits
+        if not self._reading():
+            self._stalled_s = self._stalled_s or now_s
+            if now_s - self._stalled_s > limits.stall_s:
+                self._shared.session_limits.hits("stall_s")
+                self.abort()
+            return
+        self._stalled_s = 0.0
         silence_s = now_s - self._last_read_s
         if not self._heard:
             if silence_s > limits.handshake_s:
@@ -336,6 +351,16 @@ class H2Connection(asyncio.BufferedProtocol):
             self._flush()
         elif now_s - self._pinged_s > limits.keepalive_s:
             self.abort()
+
+    def _reading(self) -> bool:
+        """The peer takes our replies: none waits, or it leaves us window and its socket takes bytes."""
+        return not self._paused and (not self._queued_bytes() or self._connection.remote_window_size > 0)
+
+    def _queued_bytes(self) -> int:
+        try:
+            return self._connection.queued_body_size()
+        except ngh2.NGH2Error:  # the connection is ending
+            return 0
 
     def announce_shutdown(self) -> None:
         """GOAWAY with the highest stream id: open no more streams, those open go on."""

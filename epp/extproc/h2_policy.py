@@ -10,9 +10,9 @@ from typing import Protocol
 from epp.clock import Clock
 from epp.extproc.session import Limits, Session
 
-UNREACHABLE = (1 << 40, 1 << 40)
-"""An abuse limit (burst, per second) that our own gateway can't reach. Envoy ends every ext_proc stream with RST_STREAM: nghttp2's default
-rapid-reset limit (1000, then 33 a second) would close the connection on it and fail every request in flight."""
+RESET_BURST, RESETS_PER_S = 200_000, 50_000
+"""RST_STREAM frames taken from one peer before it counts as abuse. Envoy ends every ext_proc stream with one: nghttp2's default (1000, then
+33 a second) would close the connection on it and fail every request in flight. This is more than one core can serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class H2Limits:
     header_bytes_max: int = 1 << 16
     handshake_s: float = 10.0
     """From accept to the peer's first bytes."""
+    stall_s: float = 60.0
+    """A peer that leaves no window for our replies for so long, while some wait, is closed."""
     keepalive_s: float = 60.0
     """Silence after which a PING asks whether the peer lives; as long again without an answer closes the connection."""
 

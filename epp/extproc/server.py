@@ -14,7 +14,10 @@ from epp.extproc.h2 import HEALTH_CHECK, HEALTH_LIST, H2Connection
 from epp.extproc.h2_policy import H2Limits, Shared
 from epp.extproc.health import Health
 from epp.extproc.session import Limits, Session
+from epp.extproc.tls import KeyPair, use
 
+BACKLOG = 1_024
+"""Connections the kernel holds until they are accepted."""
 CHECK_S = 5.0
 """How often connections are looked at for silence."""
 
@@ -47,10 +50,22 @@ class H2Server:
         """Listen on `host` (None: all interfaces, IPv4 and IPv6). Raises StartError."""
         loop = asyncio.get_running_loop()
         try:
-            self._server = await loop.create_server(lambda: H2Connection(self._shared), host, port, ssl=self._tls, backlog=1024)
+            self._server = await loop.create_server(
+                lambda: H2Connection(self._shared),
+                host,
+                port,
+                ssl=self._tls,
+                ssl_handshake_timeout=self._shared.limits.handshake_s if self._tls else None,
+                backlog=BACKLOG,
+            )
         except OSError as error:
             raise StartError(listen_problem(host, port, error)) from None
         self.port = self._server.sockets[0].getsockname()[1]
+
+    def present(self, pair: KeyPair) -> None:
+        """New connections get this certificate. Raises StartError if certificate and key do not fit together."""
+        assert self._tls is not None
+        use(self._tls, pair)
 
     def check_alive(self) -> None:
         """Look at every connection once."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import ssl
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,11 @@ from cryptography.x509.oid import NameOID
 
 from epp.errors import StartError
 
+_log = logging.getLogger("epp.tls")
+
 VALID_YEARS = 10
+RELOAD_S = 1.0
+"""How often a given certificate's files are read again: a few KB a second, and no file-system event to miss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +63,60 @@ def self_signed() -> KeyPair:
     )
 
 
-def server_context(pair: KeyPair) -> ssl.SSLContext:
-    """TLS 1.2 or newer, ALPN `h2`. Raises StartError if the pair does not fit together."""
+def server_context(pair: KeyPair, *, client_ca_file: str = "") -> ssl.SSLContext:
+    """TLS 1.2 or newer, ALPN `h2`. `client_ca_file`: only clients with a certificate of that authority. Raises StartError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["h2"])
+    use(context, pair)
+    if client_ca_file:
+        try:
+            context.load_verify_locations(client_ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise StartError(f"--client-ca-file {client_ca_file}: {error.strerror or error}") from None
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def use(context: ssl.SSLContext, pair: KeyPair) -> None:
+    """Let new handshakes on `context` present this pair. Raises StartError if certificate and key do not fit together."""
     with tempfile.TemporaryDirectory() as directory:  # the ssl module reads files only; the directory is ours alone
         certificate, key = Path(directory, "tls.crt"), Path(directory, "tls.key")
         certificate.write_bytes(pair.certificate)
         key.write_bytes(pair.key)
         try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)  # a failure would leave `context` with half of it
             context.load_cert_chain(certificate, key)
         except (ssl.SSLError, ValueError) as error:
             raise StartError(f"the TLS certificate and key can't be used: {error}") from None
-    return context
+
+
+class Reloader:
+    """Presents a renewed certificate without a restart. `once` looks whether the files changed, by content.
+
+    A pair that can't be read or does not fit together (half of it written) is left alone with one warning; the old one stays in use.
+    """
+
+    def __init__(self, cert_path: str, pair: KeyPair, present: Callable[[KeyPair], None]) -> None:
+        """`present` makes new handshakes use a pair; it raises StartError for one that does not fit together."""
+        self._cert_path = cert_path
+        self._present = present
+        self._tried = pair
+        self._told = ""
+        self.reloads_total = 0
+
+    def once(self) -> None:
+        try:
+            pair = load(self._cert_path)
+            if pair == self._tried:
+                return
+            self._tried = pair
+            self._present(pair)
+        except StartError as error:
+            if self._told != str(error):
+                self._told = str(error)
+                _log.warning("the TLS certificate could not be reloaded; the old one stays", extra={"fields": {"error": str(error)}})
+            return
+        self._told = ""
+        self.reloads_total += 1
+        _log.info("TLS certificate reloaded", extra={"fields": {"directory": self._cert_path}})
