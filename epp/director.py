@@ -173,9 +173,9 @@ class Director:
             uncached -= cached
             metrics.prefix_hit_ratio.observe(cached / match.prompt_tokens)
             metrics.prefix_hit_bytes.observe(cached * 4)
-        ticket = Ticket(endpoint, max(0, uncached))
         for picked in self._scheduler.picked:
             picked(request, endpoint)
+        ticket = Ticket(endpoint, max(0, uncached))  # after what plugins do: nothing that may fail comes between this and its Exchange
         metrics.picked(request.target_model, endpoint)
         metrics.scheduler_duration_s.observe(self._clock.now_s() - scheduling_s)
         series.request_bytes.observe(request.body_bytes)

@@ -39,6 +39,7 @@ SUBSET = "x-gateway-destination-endpoint-subset"
 LB_NAMESPACE = "envoy.lb"
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 ATTRIBUTES = "envoy.filters.http.ext_proc"
+STATUS_DIGITS = 3
 
 _from_string: Callable[[bytes], pb.ProcessingRequest] = pb.ProcessingRequest.FromString
 _OVERWRITE = b"\x18\x02"  # HeaderValueOption.append_action: OVERWRITE_IF_EXISTS_OR_ADD
@@ -114,7 +115,7 @@ def _response_headers(message: pb.ProcessingRequest) -> ResponseHeaders:
         key = header.key
         if key == ":status":
             text = header.raw_value or header.value
-            status = int(text) if text.isdigit() else 0
+            status = int(text) if len(text) == STATUS_DIGITS and text.isdigit() else 0
         elif key == "content-type":
             event_stream = (header.raw_value or header.value).startswith(b"text/event-stream")
     served, details = "", ""

@@ -8,7 +8,7 @@ usage in it: one byte search, about 0.3 µs.
 from __future__ import annotations
 
 import json
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
 
@@ -20,15 +20,19 @@ TAIL_BYTES_MAX = 1 << 14
 _KEY = b'"usage"'
 
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+"""Anything else is no number of tokens: the whole of `usage` is then left aside."""
+
+
 class _PromptDetails(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: Count | None = None
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
+    prompt_tokens: Count | None = None
+    completion_tokens: Count | None = None
+    input_tokens: Count | None = None
+    output_tokens: Count | None = None
     prompt_tokens_details: _PromptDetails | None = None
     input_tokens_details: _PromptDetails | None = None
 

@@ -38,7 +38,6 @@ class ApproxPrefixCacheProducer(Plugin):
         self.__dict__.update(
             index=PrefixIndex(self.lru_capacity_per_server),
             _layout=hashing.blocks(block_tokens, tokens_max, tokens_max // block_tokens, geometric=self.block_growth == "geometric"),
-            _capacity={},
         )
 
     @property
@@ -64,9 +63,5 @@ class ApproxPrefixCacheProducer(Plugin):
         state = self.__dict__
         index: PrefixIndex = state["index"]
         if self.auto_tune:
-            capacity: dict[int, int] = state["_capacity"]
-            tokens = endpoint.kv_capacity_tokens
-            if capacity.get(endpoint.slot, 0) != tokens:
-                capacity[endpoint.slot] = tokens
-                index.set_capacity_tokens(endpoint.slot, tokens)
+            index.set_capacity_tokens(endpoint.slot, endpoint.kv_capacity_tokens)
         index.record(endpoint.slot, match.hashes, match.sizes)

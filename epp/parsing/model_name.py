@@ -1,0 +1,74 @@
+"""The model's name in bodies: put the target's into a request, the client's back into its response.
+
+Only the name's bytes change: a request keeps the order of its keys, its spacing and its large numbers, for nothing is parsed and
+written anew. A response is never held: of a chunk that ends inside what may be the name, just that end waits for the next one.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\],:]')
+"""What tells where in a JSON text we are: strings and punctuation. Possessive: linear on any input."""
+_KEY = b'"model"'
+
+
+def with_model(body: bytes, model: str) -> bytes:
+    """`body`, a JSON object, with `model` as the value of its top-level `model`; unchanged if it has none that is a string."""
+    depth, at_key = 0, False
+    for match in _TOKEN.finditer(body):
+        token = match[0]
+        first = token[:1]
+        if first in b"{[":
+            depth += 1
+            at_key = depth == 1 and first == b"{"
+        elif first in b"}]":
+            depth -= 1
+        elif first == b",":
+            at_key = depth == 1
+        elif first == b'"' and at_key:
+            at_key = False
+            if token == _KEY:
+                value = _TOKEN.search(body, match.end() + body[match.end() :].index(b":") + 1)
+                if value is None or value[0][:1] != b'"':
+                    return body
+                return body[: value.start()] + msgspec.json.encode(model) + body[value.end() :]
+    return body
+
+
+class ModelRestorer:
+    """Gives a response's chunks back with the name the client used. `target` is what the engine calls the model."""
+
+    __slots__ = ("_held", "_names")
+
+    def __init__(self, target: str, model: str) -> None:
+        written, wanted = msgspec.json.encode(target), msgspec.json.encode(model)
+        self._names = [(_KEY + colon + written, _KEY + colon + wanted) for colon in (b":", b": ")]
+        """As engines write it, compact or with a blank."""
+        self._held = b""
+
+    def feed(self, chunk: bytes, *, last: bool) -> bytes:
+        """What may go out now: all but an end that could be the beginning of the name; everything if `last`."""
+        text = self._held + chunk if self._held else chunk
+        for written, wanted in self._names:
+            text = text.replace(written, wanted)
+        self._held = b""
+        if not last:
+            held = max(_overlap(text, written) for written, _ in self._names)
+            if held:
+                self._held = text[-held:]
+                return text[:-held]
+        return text
+
+
+def _overlap(text: bytes, name: bytes) -> int:
+    """Length of the longest end of `text` that is a beginning of `name`, shorter than all of it."""
+    longest = min(len(text), len(name) - 1)
+    at = text.find(name[:1], len(text) - longest)
+    while at >= 0:
+        if name.startswith(text[at:]):
+            return len(text) - at
+        at = text.find(name[:1], at + 1)
+    return 0
