@@ -35,8 +35,9 @@ from epp.extproc import tls
 from epp.extproc.grpc_aio import GrpcServer
 from epp.extproc.h2_policy import H2Limits
 from epp.extproc.health import Health
+from epp.extproc.limits import Limits
 from epp.extproc.server import H2Server, listen_problem
-from epp.extproc.session import Limits, Session
+from epp.extproc.session import Session
 from epp.observe.metrics import Metrics
 from epp.plugins.registry import Registry
 from epp.scheduling.build import Built, build
@@ -88,7 +89,13 @@ class Picker:
             build_ref=__version__,
             process=True,
         )
-        self.session_limits = Limits(options.max_body_bytes, options.max_buffered_bytes, self._limit_hit)
+        self.session_limits = Limits(
+            options.max_body_bytes,
+            options.max_buffered_bytes,
+            self._limit_hit,
+            header_count_max=options.max_header_count,
+            decision_s=options.decision_timeout_s,
+        )
         self.director = Director(
             self.datastore,
             self.built.scheduler,
@@ -96,8 +103,14 @@ class Picker:
             clock,
             unknown_paths_ok=options.unknown_paths == "route",
             subset_filter=not options.disable_endpoint_subset_filter,
+            test_headers=options.enable_test_headers,
         )
-        limits = H2Limits(message_bytes_max=options.max_body_bytes + MEBIBYTE)
+        limits = H2Limits(
+            message_bytes_max=options.max_body_bytes + MEBIBYTE,
+            streams_max=options.max_streams,
+            connections_max=options.max_connections,
+            keepalive_s=options.keepalive_s,
+        )
 
         def new_session() -> Session:
             return Session(self.director, self.session_limits, clock)
@@ -112,6 +125,7 @@ class Picker:
                 health=self.health,
                 message_bytes_max=limits.message_bytes_max,
                 streams_max=limits.streams_max,
+                clock=clock,
                 tls=pair,
                 client_ca_file=options.client_ca_file,
             )

@@ -8,7 +8,7 @@ charge exactly once. Between taking the snapshot and the decision there is no aw
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from epp.clock import Clock
 from epp.datastore import Datastore, Ticket
@@ -16,11 +16,21 @@ from epp.errors import EppError, NoEndpointsError
 from epp.observe.metrics import Metrics
 from epp.observe.series import RequestSeries
 from epp.parsing import routes
+from epp.parsing.model_name import ModelRestorer, with_model
 from epp.parsing.usage import JsonUsage, SseUsage, UsageReader
+from epp.plugins.base import PickedHook
 from epp.scheduling.pipeline import Scheduler
 from epp.types import Decision, LLMRequest, Snapshot
 
 _log = logging.getLogger("epp.decision")
+
+REWRITE_HEADER, REWRITE_HEADER_OLD = "x-llm-d-model-name-rewrite", "x-gateway-model-name-rewrite"
+OWN_HEADERS = frozenset({
+    REWRITE_HEADER, REWRITE_HEADER_OLD, "x-llm-d-inference-objective", "x-gateway-inference-objective", "x-llm-d-inference-fairness-id",
+    "x-gateway-inference-fairness-id",
+})  # fmt: skip
+TEST_SELECTION = "test-epp-endpoint-selection"
+TEST_SERVED = "x-conformance-test-served-endpoint"
 
 # What Envoy says when it could not get a request to an endpoint at all (response.code_details, core/http response code details).
 _CONNECTION_FAILURES = ("upstream_reset_before_response_started{connection", "upstream_reset_before_response_started{remote_connection")
@@ -30,8 +40,8 @@ class Exchange:
     """A routed request, until its response ends: in-flight accounting and metrics. Every method is safe after `finish`."""
 
     __slots__ = (
-        "_clock", "_datastore", "_first_s", "_last_s", "_response_bytes", "_series", "_started_s", "_status", "_ticket", "_usage",
-        "decision", "request",
+        "_clock", "_datastore", "_first_s", "_last_s", "_response_bytes", "_series", "_served_hooks", "_started_s", "_status", "_ticket", "_usage",
+        "body", "decision", "request", "restorer",
     )  # fmt: skip
 
     def __init__(
@@ -44,11 +54,17 @@ class Exchange:
         datastore: Datastore,
         clock: Clock,
         started_s: float,
+        served_hooks: Sequence[PickedHook] = (),
     ) -> None:
         self.request = request
         self.decision = decision
+        self.body: bytes | None = None
+        """The request's body for the engine, where it is not the client's: another model name."""
+        self.restorer: ModelRestorer | None = None
+        """Then: gives the response the client's name back."""
         self._ticket: Ticket | None = ticket
         self._series = series
+        self._served_hooks = served_hooks
         self._datastore = datastore
         self._clock = clock
         self._started_s = started_s
@@ -110,6 +126,8 @@ class Exchange:
         # The gateway tried ours first and went on: whatever the reason, it could not use it.
         self._datastore.set_healthy(self.decision.endpoint, healthy=False)
         self._ticket.move(endpoint)
+        for served_by in self._served_hooks:  # the prompt is in that endpoint's cache now
+            served_by(self.request, endpoint)
 
     def _observe(self, series: RequestSeries) -> None:
         duration_s = self._clock.now_s() - self._started_s
@@ -137,8 +155,18 @@ class Director:
     """Routes requests. One per pool."""
 
     def __init__(
-        self, datastore: Datastore, scheduler: Scheduler, metrics: Metrics, clock: Clock, *, unknown_paths_ok: bool, subset_filter: bool
+        self,
+        datastore: Datastore,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        clock: Clock,
+        *,
+        unknown_paths_ok: bool,
+        subset_filter: bool,
+        test_headers: bool = False,
     ) -> None:
+        """`test_headers`: honour the conformance suite's headers (protocol reference, section 9); never in production."""
+        self._test_headers = test_headers
         self._datastore = datastore
         self._scheduler = scheduler
         self._metrics = metrics
@@ -156,6 +184,11 @@ class Director:
         try:
             request.body_bytes = len(body) if body is not None else 0
             routes.parse(request, body, unknown_paths_ok=self._unknown_paths_ok)
+            renamed = self.renames(request.headers) if request.model and body is not None else ""
+            if renamed:
+                request.target_model = renamed
+            if self._test_headers and TEST_SELECTION in request.headers:
+                subset = request.headers[TEST_SELECTION].replace(" ", "").split(",")
             series = metrics.series(request.model, request.target_model, "", request.priority)
             series.requests += 1
             scheduling_s = self._clock.now_s()
@@ -181,7 +214,36 @@ class Director:
         series.request_bytes.observe(request.body_bytes)
         if _log.isEnabledFor(logging.DEBUG):
             self._log_decision(request, decision, uncached)
-        return Exchange(request, decision, ticket, series=series, datastore=self._datastore, clock=self._clock, started_s=started_s)
+        exchange = Exchange(
+            request,
+            decision,
+            ticket,
+            series=series,
+            datastore=self._datastore,
+            clock=self._clock,
+            started_s=started_s,
+            served_hooks=self._scheduler.picked,
+        )
+        if renamed and body is not None and renamed != request.model:
+            exchange.body = with_model(body, renamed)
+            exchange.restorer = ModelRestorer(renamed, request.model)
+        return exchange
+
+    @staticmethod
+    def renames(headers: Mapping[str, str]) -> str:
+        """The model the gateway wants the engine to be asked for, if another than the body's."""
+        return headers.get(REWRITE_HEADER) or headers.get(REWRITE_HEADER_OLD) or ""
+
+    @staticmethod
+    def own_headers(headers: Mapping[str, str]) -> tuple[str, ...]:
+        """Headers meant for us: the engine must not see them."""
+        return () if OWN_HEADERS.isdisjoint(headers) else tuple(name for name in headers if name in OWN_HEADERS)
+
+    def response_headers(self, served: str) -> dict[str, str] | None:
+        """What to add to a response; only the conformance suite wants anything."""
+        if not self._test_headers:
+            return None
+        return {TEST_SERVED: served or "fail: missing destination endpoint served metadata"}
 
     def _candidates(self, subset: Sequence[str] | None) -> Snapshot:
         ready = self._datastore.ready

@@ -51,6 +51,22 @@ class BodyTooLargeError(BadRequestError):
     code = "body_too_large"
 
 
+class TooManyHeadersError(BadRequestError):
+    """The request has more headers than `--max-header-count`."""
+
+    http_status = 431
+    code_name = "RequestHeaderFieldsTooLarge"
+    code = "too_many_headers"
+
+
+class DecisionTimeoutError(BadRequestError):
+    """The request's body stopped coming for `--decision-timeout`."""
+
+    http_status = 408
+    code_name = "RequestTimeout"
+    code = "decision_timeout"
+
+
 class NoEndpointsError(EppError):
     """No ready endpoint, or none in the subset the gateway asked for."""
 
@@ -61,8 +77,18 @@ class NoEndpointsError(EppError):
     dropped_reason = "rejected-no-endpoints"
 
 
+class BuffersFullError(EppError):
+    """The picker holds as many request bodies as `--max-buffered-bytes` allows."""
+
+    http_status = 503
+    code_name = "ServiceUnavailable"
+    type = "service_unavailable_error"
+    code = "buffers_full"
+    dropped_reason = "rejected-saturated"
+
+
 class SaturatedError(EppError):
-    """Every candidate was filtered out, or the picker's own buffers are full."""
+    """Every candidate was filtered out."""
 
     http_status = 429
     code_name = "ResourceExhausted"

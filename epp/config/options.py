@@ -30,7 +30,13 @@ class ServeOptions:
     client_ca_file: str = ""
     max_body_bytes: int = 64 * MEBIBYTE
     max_buffered_bytes: int = 1024 * MEBIBYTE
+    max_header_count: int = 1_000
+    max_streams: int = 10_000
+    max_connections: int = 4_096
+    keepalive_s: float = 60.0
+    decision_timeout_s: float = 60.0
     disable_endpoint_subset_filter: bool = False
+    enable_test_headers: bool = False
     unknown_paths: Literal["reject", "route"] = "reject"
     refresh_metrics_interval_s: float = 0.05
     metrics_staleness_threshold_s: float = 2.0
@@ -86,7 +92,28 @@ def add_picker_arguments(parser: argparse.ArgumentParser) -> None:
         type=quantity_bytes,
         default=1024 * MEBIBYTE,
         metavar="BYTES",
-        help="request bodies held at once, over all requests; beyond, new ones are a 429 (default: 1Gi)",
+        help="request bodies held at once, over all requests; beyond, new ones are a 503 (default: 1Gi)",
+    )
+    limits.add_argument(
+        "--max-header-count", type=positive, default=1_000, metavar="N", help="headers of a request; more are a 431 (default: %(default)s)"
+    )
+    limits.add_argument(
+        "--decision-timeout",
+        type=duration_s,
+        default=60.0,
+        metavar="DURATION",
+        help="a request whose body stops coming for so long before the decision is a 408 (default: 60s)",
+    )
+    limits.add_argument(
+        "--max-streams", type=positive, default=10_000, metavar="N", help="requests at a time on one connection (default: %(default)s)"
+    )
+    limits.add_argument("--max-connections", type=positive, default=4_096, metavar="N", help="connections at a time (default: %(default)s)")
+    limits.add_argument(
+        "--keepalive",
+        type=duration_s,
+        default=60.0,
+        metavar="DURATION",
+        help="silence on a connection before it is pinged, and again before it is closed (default: 60s)",
     )
     logs = parser.add_argument_group("logs")
     logs.add_argument(
@@ -151,6 +178,15 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="ignore the gateway's subset hint (default: false)",
     )
     server.add_argument(
+        "--enable-test-headers",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="BOOL",
+        help="honour the Gateway API conformance suite's test headers; never in production (default: false)",
+    )
+    server.add_argument(
         "--drain-timeout",
         type=duration_s,
         default=30.0,
@@ -172,6 +208,7 @@ def serve_options(args: argparse.Namespace) -> ServeOptions:
     }
     if "drain_timeout" in given:
         names["drain_timeout_s"] = args.drain_timeout
+    names |= {"keepalive_s": args.keepalive, "decision_timeout_s": args.decision_timeout}
     same = {name: given[name] for name in ServeOptions.__slots__ if name in given}
     return ServeOptions(**(same | names))
 
@@ -179,6 +216,12 @@ def serve_options(args: argparse.Namespace) -> ServeOptions:
 def port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) <= 65535):
         raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 (any free) to 65535")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 

@@ -13,8 +13,10 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from epp.clock import Clock
 from epp.errors import StartError
 from epp.extproc import codec
+from epp.extproc.h2_policy import CHECK_S
 from epp.extproc.health import EXT_PROC_SERVICE, Health
 from epp.extproc.session import Session
 from epp.extproc.tls import KeyPair, server_context
@@ -30,12 +32,14 @@ class GrpcServer:
         health: Health,
         message_bytes_max: int,
         streams_max: int,
+        clock: Clock,
         tls: KeyPair | None = None,
         client_ca_file: str = "",
     ) -> None:
         self._new_session = new_session
+        self._clock = clock
         self._tls = tls
-        self._client_ca = _read(client_ca_file) if client_ca_file else None
+        self._client_ca = _read_file(client_ca_file) if client_ca_file else None
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", message_bytes_max),
@@ -55,7 +59,11 @@ class GrpcServer:
             )
         )
         self.port = 0
-        self.open_streams = 0
+        self._calls: dict[Session, Any] = {}
+
+    @property
+    def open_streams(self) -> int:
+        return len(self._calls)
 
     async def start(self, host: str | None, port: int) -> None:
         """Listen on `host` (None: all interfaces). Raises StartError."""
@@ -77,9 +85,17 @@ class GrpcServer:
         server_context(pair)  # grpcio would find out at the next handshake
         self._tls = pair
 
+    async def check_alive(self) -> None:
+        """Give up calls that stopped; grpcio keeps its connections alive by itself."""
+        now_s = self._clock.now_s()
+        for session, context in list(self._calls.items()):
+            for reply in session.expire(now_s):
+                await context.write(codec.encode(reply))  # the peer ends the call when it reads this
+
     async def run(self) -> None:
-        """grpcio keeps its connections alive by itself."""
-        await asyncio.Event().wait()
+        while True:
+            await asyncio.sleep(CHECK_S)
+            await self.check_alive()
 
     async def stop(self, grace_s: float) -> None:
         await self._server.stop(grace_s)
@@ -90,7 +106,7 @@ class GrpcServer:
 
     async def _process(self, _requests: Any, context: Any) -> None:
         session = self._new_session()
-        self.open_streams += 1
+        self._calls[session] = context
         try:
             while True:
                 message = await context.read()
@@ -107,11 +123,11 @@ class GrpcServer:
                 if session.answered or message is grpc.aio.EOF:
                     return
         finally:  # also when the peer resets the stream: grpcio cancels this task
-            self.open_streams -= 1
+            del self._calls[session]
             session.closed()
 
 
-def _read(path: str) -> bytes:
+def _read_file(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from epp.extproc.session import Limits
+from epp.extproc.limits import Limits
 
 PREFIX_BYTES = 5
 OK, INVALID_ARGUMENT, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = 0, 3, 12, 13, 14

@@ -330,8 +330,9 @@ class H2Connection(asyncio.BufferedProtocol):
         return len(self._streams) or int(self._queued_bytes() > 0)
 
     def check_alive(self, now_s: float) -> None:
-        """Close a peer that never spoke, no longer answers, or takes no reply; called every few seconds."""
+        """Close a peer that never spoke, no longer answers, or takes no reply; give up calls that stopped. Called every few seconds."""
         limits = self._limits
+        self._expire_calls(now_s)
         if not self._reading():
             self._stalled_s = self._stalled_s or now_s
             if now_s - self._stalled_s > limits.stall_s:
@@ -351,6 +352,15 @@ class H2Connection(asyncio.BufferedProtocol):
             self._flush()
         elif now_s - self._pinged_s > limits.keepalive_s:
             self.abort()
+
+    def _expire_calls(self, now_s: float) -> None:
+        for stream in list(self._streams.values()):
+            if stream.session is not None and stream.ending is None:
+                self._say(stream, stream.session.expire(now_s))
+                if stream.session.answered:
+                    self._end(stream, OK)
+        if self._dirty:
+            self._flush()
 
     def _reading(self) -> bool:
         """The peer takes our replies: none waits, or it leaves us window and its socket takes bytes."""

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from epp.clock import Clock
-from epp.extproc.session import Limits, Session
+from epp.extproc.limits import Limits
+from epp.extproc.session import Session
 
+CHECK_S = 5.0
+"""How often calls and connections are looked at for silence."""
 RESET_BURST, RESETS_PER_S = 200_000, 50_000
 """RST_STREAM frames taken from one peer before it counts as abuse. Envoy ends every ext_proc stream with one: nghttp2's default (1000, then
 33 a second) would close the connection on it and fail every request in flight. This is more than one core can serve."""

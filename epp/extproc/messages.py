@@ -92,10 +92,23 @@ class Reply:
 class RouteReply(Reply):
     """The reply that carries the destination, in the header and in `envoy.lb` metadata (rule 5)."""
 
-    __slots__ = ("content_length", "destination", "in_body", "request_id")
+    __slots__ = ("body", "content_length", "destination", "in_body", "remove", "request_id")
 
-    def __init__(self, destination: str, content_length: int = -1, request_id: str = "", *, in_body: bool = False) -> None:
+    def __init__(
+        self,
+        destination: str,
+        content_length: int = -1,
+        request_id: str = "",
+        *,
+        in_body: bool = False,
+        body: bytes | None = None,
+        remove: tuple[str, ...] = (),
+    ) -> None:
         self.destination = destination
+        self.body = body
+        """With `in_body`: the body to send on instead of the one received."""
+        self.remove = remove
+        """Request headers the engine must not see."""
         self.in_body = in_body
         """In the reply to the request body (BUFFERED: the headers had to be answered first, rule 4)."""
         self.content_length = content_length
@@ -105,12 +118,23 @@ class RouteReply(Reply):
 
 
 class ContinueHeaders(Reply):
-    """An empty headers reply: nothing to change."""
+    """A headers reply without a decision."""
 
-    __slots__ = ("response",)
+    __slots__ = ("keep_request_mode", "remove", "response", "set")
 
-    def __init__(self, *, response: bool) -> None:
+    def __init__(
+        self,
+        *,
+        response: bool,
+        set: dict[str, str] | None = None,  # noqa: A002 - as the protocol calls it
+        remove: tuple[str, ...] = (),
+        keep_request_mode: BodyMode | None = None,
+    ) -> None:
         self.response = response
+        self.set = set
+        self.remove = remove
+        self.keep_request_mode = keep_request_mode
+        """Ask (mode_override) not to be sent the response's body, the request's coming as it does."""
 
 
 class StreamedBody(Reply):
@@ -125,12 +149,14 @@ class StreamedBody(Reply):
 
 
 class ContinueBody(Reply):
-    """A piece of body stays as it is (STREAMED, BUFFERED, BUFFERED_PARTIAL)."""
+    """The answer to a piece of body that is not handed back (STREAMED, BUFFERED, BUFFERED_PARTIAL)."""
 
-    __slots__ = ("response",)
+    __slots__ = ("body", "response")
 
-    def __init__(self, *, response: bool) -> None:
+    def __init__(self, *, response: bool, body: bytes | None = None) -> None:
         self.response = response
+        self.body = body
+        """What goes on in its place; None: the piece stays as it is."""
 
 
 class ContinueTrailers(Reply):

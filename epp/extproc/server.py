@@ -11,15 +11,14 @@ from collections.abc import Callable
 from epp.clock import Clock
 from epp.errors import StartError
 from epp.extproc.h2 import HEALTH_CHECK, HEALTH_LIST, H2Connection
-from epp.extproc.h2_policy import H2Limits, Shared
+from epp.extproc.h2_policy import CHECK_S, H2Limits, Shared
 from epp.extproc.health import Health
-from epp.extproc.session import Limits, Session
+from epp.extproc.limits import Limits
+from epp.extproc.session import Session
 from epp.extproc.tls import KeyPair, use
 
 BACKLOG = 1_024
 """Connections the kernel holds until they are accepted."""
-CHECK_S = 5.0
-"""How often connections are looked at for silence."""
 
 
 class H2Server:

@@ -1,6 +1,7 @@
 """One ext_proc stream, one HTTP request: events in, replies out. Sans-IO: no await, no sockets, no protobuf.
 
 The request phase: collect headers and body, route at the end of the body, then reply in the one legal order (headers, body, trailers).
+A body that the decision does not read is not waited for: it passes by.
 The response phase: answer each message at once with the same bytes and the same end of stream; learn from it on the side.
 The table `_ON` is the protocol: what to do with each kind of message; a kind that makes no sense in the current phase is ignored
 (protocol rule 14), for the peer may be ahead of us.
@@ -17,18 +18,17 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import ClassVar
 
-import msgspec
-
 from epp.clock import Clock
 from epp.director import Director, Exchange
-from epp.errors import BadRequestError, BodyTooLargeError, EppError, SaturatedError
+from epp.errors import BadRequestError, BodyTooLargeError, BuffersFullError, DecisionTimeoutError, EppError, TooManyHeadersError
+from epp.extproc.answers import immediate
+from epp.extproc.limits import Limits
 from epp.extproc.messages import (
     BodyMode,
     ContinueBody,
     ContinueHeaders,
     ContinueTrailers,
     Event,
-    Immediate,
     Reply,
     RequestBody,
     RequestHeaders,
@@ -46,26 +46,10 @@ _log = logging.getLogger("epp.session")
 
 CHUNK_BYTES_MAX = 62_000
 """Body handed back in pieces of at most this: GKE and others limit a message to 64 KiB (rule 12)."""
-
-GRPC_STATUS = {400: 3, 401: 16, 403: 7, 404: 5, 412: 9, 413: 8, 429: 8, 500: 13, 503: 14}
-"""HTTP status -> gRPC status, for clients that speak gRPC to the gateway."""
-
-
 _STREAMED_BACK = (BodyMode.FULL_DUPLEX_STREAMED, None)
 """Modes in which a body must be handed back piece by piece (rule 3)."""
-
-
-class Limits:
-    """What all sessions together may hold. `body_bytes_max` per request, `buffered_bytes_max` over all of them."""
-
-    __slots__ = ("body_bytes_max", "buffered_bytes", "buffered_bytes_max", "hits")
-
-    def __init__(self, body_bytes_max: int, buffered_bytes_max: int, hits: Callable[[str], None]) -> None:
-        self.body_bytes_max = body_bytes_max
-        self.buffered_bytes_max = buffered_bytes_max
-        self.buffered_bytes = 0
-        self.hits = hits
-        """Told the name of a limit when it is hit."""
+_HELD_BY_GATEWAY = (BodyMode.BUFFERED, BodyMode.BUFFERED_PARTIAL)
+"""Modes in which the gateway keeps the body until it has it."""
 
 
 class Phase(Enum):
@@ -83,20 +67,9 @@ class Session:
     """See the module. `receive` takes one message, `half_closed` the end of the peer's messages, `closed` the end of the stream."""
 
     __slots__ = (
-        "_buffered_bytes",
-        "_chunks",
-        "_clock",
-        "_director",
-        "_exchange",
-        "_headers",
-        "_limits",
-        "_passing",
-        "_phase",
-        "_pieces",
-        "_request_mode",
-        "_response_streamed",
-        "_started_s",
-    )
+        "_buffered_bytes", "_chunks", "_clock", "_director", "_exchange", "_headers", "_last_s", "_limits", "_passing", "_path", "_phase",
+        "_pieces", "_request_mode", "_response_mode", "_started_s",
+    )  # fmt: skip
 
     def __init__(self, director: Director, limits: Limits, clock: Clock) -> None:
         self._director = director
@@ -104,16 +77,18 @@ class Session:
         self._clock = clock
         self._phase = Phase.HEADERS
         self._request_mode = BodyMode.FULL_DUPLEX_STREAMED
-        self._response_streamed = True
+        self._response_mode: BodyMode | None = BodyMode.FULL_DUPLEX_STREAMED
         self._headers: RequestHeaders | None = None
+        self._path = ""
         self._chunks: list[bytes] = []
         self._pieces = 0
         """Body messages taken."""
         self._passing = False
-        """The decision is made and the rest of the body passes by (STREAMED)."""
+        """The decision is made and the rest of the body passes by."""
         self._buffered_bytes = 0
         self._exchange: Exchange | None = None
         self._started_s = 0.0
+        self._last_s = 0.0
 
     def __repr__(self) -> str:
         return f"<Session {self._phase.name} buffered={self._buffered_bytes} exchange={self._exchange is not None}>"
@@ -132,11 +107,23 @@ class Session:
 
     def half_closed(self) -> list[Reply]:
         """The peer sends no more. Not a cancel: NGINX Gateway Fabric does so after the body and waits for the answer (rule 9)."""
-        return self._guarded(self._route) if self._phase is Phase.BODY else []
+        if self._phase is Phase.BODY:
+            return self._guarded(self._route)
+        if self._passing and self._pieces and self._request_mode is BodyMode.FULL_DUPLEX_STREAMED:
+            self._passing = False
+            return [StreamedBody(b"", end_of_stream=True, response=False)]
+        return []
 
     def reject(self, error: EppError) -> list[Reply]:
         """The transport can't take what the peer sends (too large a message): answer the client, if that is still possible."""
         return [] if self._phase is Phase.ANSWERED else self._answer(error)
+
+    def expire(self, now_s: float) -> list[Reply]:
+        """Called now and then: gives up on a request whose body stopped coming, for nothing but the gateway would."""
+        if self._phase is not Phase.BODY or now_s - self._last_s < self._limits.decision_s:
+            return []
+        self._limits.hits("decision_s")
+        return self._answer(DecisionTimeoutError(f"no further piece of the request body came for {self._limits.decision_s:g} s"))
 
     def closed(self) -> None:
         """The stream is over, for whatever reason: give back all that is held."""
@@ -159,28 +146,45 @@ class Session:
     def _on_request_headers(self, event: RequestHeaders) -> list[Reply]:
         if self._phase is not Phase.HEADERS:
             return []
-        self._started_s = self._clock.now_s()
+        self._started_s = self._last_s = self._clock.now_s()
         self._headers = event
         self._phase = Phase.BODY
         if event.request_mode is not None:  # Envoy and agentgateway say so; a peer that does not is taken for full duplex
             self._request_mode = event.request_mode
-            self._response_streamed = event.response_mode in _STREAMED_BACK
+            self._response_mode = event.response_mode
+        headers = event.headers
+        self._path = routes.path_of(headers)
         if event.bad_header:
             raise BadRequestError(f"the value of header {event.bad_header!r} is not valid UTF-8")
+        if len(headers) > self._limits.header_count_max:
+            self._limits.hits("header_count_max")
+            raise TooManyHeadersError(f"more than {self._limits.header_count_max} request headers")
         mode = self._request_mode
-        if event.end_of_stream or mode is BodyMode.NONE or (mode is BodyMode.STREAMED and not event.body_unasked):
-            self._passing = mode is BodyMode.STREAMED and not event.end_of_stream
-            return self._route()  # there is no body, or none before the decision: route by load
-        if mode in (BodyMode.BUFFERED, BodyMode.BUFFERED_PARTIAL):
-            return [ContinueHeaders(response=False)]  # the body is not sent before (rule 4)
+        if event.end_of_stream or mode is BodyMode.NONE:
+            return self._route()  # there is no body to see
+        if (mode is BodyMode.STREAMED and not event.body_unasked) or not routes.needs_body(self._path, headers):
+            self._passing = True
+            return self._route()
+        if mode in _HELD_BY_GATEWAY:  # the body is not sent before an answer to the headers (rule 4)
+            return [ContinueHeaders(response=False, keep_request_mode=self._unwanted_response_body())]
         return []
+
+    def _unwanted_response_body(self) -> BodyMode | None:
+        """A response held by the gateway until it is whole would hold back the first token: ask not to be shown it."""
+        if self._response_mode not in _HELD_BY_GATEWAY or (self._headers and self._director.renames(self._headers.headers)):
+            return None
+        return self._request_mode
 
     def _on_request_body(self, event: RequestBody) -> list[Reply]:
         if self._phase is Phase.ROUTED and self._passing:
             self._passing = not event.end_of_stream
+            self._pieces += 1
+            if self._request_mode is BodyMode.FULL_DUPLEX_STREAMED:
+                return _streamed(event.body, ends=event.end_of_stream) or [StreamedBody(b"", end_of_stream=False, response=False)]
             return [ContinueBody(response=False)]
         if self._phase is not Phase.BODY:
             return []
+        self._last_s = self._clock.now_s()
         if event.body:
             self._take(event.body)
         self._pieces += 1
@@ -199,7 +203,7 @@ class Session:
             raise BodyTooLargeError(f"the request body is larger than {limits.body_bytes_max} bytes")
         if limits.buffered_bytes + size > limits.buffered_bytes_max:
             limits.hits("buffered_bytes_max")
-            raise SaturatedError("the endpoint picker holds too many request bodies at once; try again")
+            raise BuffersFullError("the endpoint picker holds too many request bodies at once; try again")
         self._buffered_bytes += size
         limits.buffered_bytes += size
         self._chunks.append(body)
@@ -208,10 +212,12 @@ class Session:
         if self._phase is Phase.BODY:
             # Trailers end the body: no piece of it says so (section 2.1), and one that never came is not replied to (rule 14).
             return [*self._route(trailers=True), ContinueTrailers(response=False)]
+        self._passing = False
         return [ContinueTrailers(response=False)]
 
     def _on_response_headers(self, event: ResponseHeaders) -> list[Reply]:
         exchange = self._exchange
+        remove: tuple[str, ...] = ()
         if exchange is not None:
             self._learn(
                 exchange.response_headers,
@@ -220,24 +226,36 @@ class Session:
                 served=event.served,
                 code_details=event.code_details,
             )
+            if exchange.restorer is not None:
+                remove = ("content-length",)  # the client's name for the model may be longer or shorter
             if event.end_of_stream:
                 self._complete()
-        return [ContinueHeaders(response=True)]
+        return [ContinueHeaders(response=True, set=self._director.response_headers(event.served), remove=remove)]
 
     def _on_response_body(self, event: ResponseBody) -> list[Reply]:
-        exchange = self._exchange
+        exchange, body, ends = self._exchange, event.body, event.end_of_stream
+        streamed = self._response_mode in _STREAMED_BACK
+        restored = None
         if exchange is not None:
-            if event.body:
-                self._learn(exchange.response_chunk, event.body)
-            if event.end_of_stream:
+            if body:
+                self._learn(exchange.response_chunk, body)
+            if exchange.restorer is not None:  # where pieces are answered one by one, nothing may be held over to the next
+                restored = exchange.restorer.feed(body, last=ends or not streamed)
+            if ends:
                 self._complete()
-        if self._response_streamed:
-            return [StreamedBody(event.body, end_of_stream=event.end_of_stream, response=True)]
-        return [ContinueBody(response=True)]
+        if streamed:
+            return [StreamedBody(body if restored is None else restored, end_of_stream=ends, response=True)]
+        return [ContinueBody(response=True, body=None if restored == body else restored)]
 
     def _on_response_trailers(self, _event: Event) -> list[Reply]:
+        exchange = self._exchange
+        replies: list[Reply] = [ContinueTrailers(response=True)]
+        if exchange is not None and exchange.restorer is not None:
+            held = exchange.restorer.feed(b"", last=True)
+            if held and self._response_mode in _STREAMED_BACK:
+                replies.insert(0, StreamedBody(held, end_of_stream=False, response=True))
         self._complete()
-        return [ContinueTrailers(response=True)]
+        return replies
 
     @staticmethod
     def _learn(see: Callable[..., None], *args: object, **named: object) -> None:
@@ -261,35 +279,34 @@ class Session:
         headers = event.headers
         request_id = headers.get("x-request-id", "")
         new_id = "" if request_id else str(uuid.uuid4())
-        request = LLMRequest(id=request_id or new_id, path=routes.path_of(headers), headers=headers)
-        whole = body if self._pieces and not cut else None
-        self._exchange = self._director.route(request, whole, event.subset, self._started_s)
+        request = LLMRequest(id=request_id or new_id, path=self._path, headers=headers)
+        exchange = self._exchange = self._director.route(request, body if self._pieces and not cut else None, event.subset, self._started_s)
         self._phase = Phase.ROUTED
         self._drop_body()
-        destination = self._exchange.decision.destination
-        mode, pieces = self._request_mode, self._pieces
+        remove = self._director.own_headers(headers)
+        destination = exchange.decision.destination
+        mode, pieces, renamed = self._request_mode, self._pieces, exchange.body
         if mode is BodyMode.FULL_DUPLEX_STREAMED:
-            route = RouteReply(destination, len(body) if body else -1, new_id)
+            body = body if renamed is None else renamed
+            route = RouteReply(destination, len(body) if body else -1, new_id, remove=remove)
             return [route, *_streamed(body, ends=not trailers)] if pieces else [route]
         if mode is BodyMode.STREAMED or not pieces:
-            return [RouteReply(destination, request_id=new_id), *(ContinueBody(response=False) for _ in range(pieces))]
-        return [RouteReply(destination, request_id=new_id, in_body=True)]
+            if renamed is not None:
+                remove = (*remove, "content-length")
+            route = RouteReply(destination, request_id=new_id, remove=remove)
+            instead = [None] * pieces if renamed is None else [renamed, *[b""] * (pieces - 1)]
+            return [route, *(ContinueBody(response=False, body=piece) for piece in instead)]
+        length = -1 if renamed is None else len(renamed)
+        return [RouteReply(destination, length, new_id, in_body=True, body=renamed, remove=remove)]
 
     def _answer(self, error: EppError) -> list[Reply]:
-        """The one place where an error becomes an answer to the client (section 5 of the protocol reference)."""
         self._drop_body()
         self._phase = Phase.ANSWERED
         if self._exchange is not None:
             self._exchange.finish(complete=False)
             self._exchange = None
-        body = msgspec.json.encode({"error": {"message": error.message, "type": error.type, "code": error.code}})
-        headers = {"content-type": "application/json"}
-        if error.dropped_reason:
-            headers["x-llm-d-request-dropped-reason"] = error.dropped_reason
-        grpc_status = None
-        if self._headers is not None and self._headers.headers.get("content-type", "").startswith("application/grpc"):
-            grpc_status = GRPC_STATUS.get(error.http_status, 2)
-        return [Immediate(error.http_status, body, headers, grpc_status=grpc_status, details=f"epp_{error.code}")]
+        headers = self._headers.headers if self._headers is not None else {}
+        return [immediate(error, grpc=headers.get("content-type", "").startswith("application/grpc"))]
 
     def _drop_body(self) -> None:
         if self._buffered_bytes:

@@ -6,6 +6,8 @@ routed by load, body opaque. A path no engine serves is a 404 here, unless `--un
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from epp.errors import NotFoundError
 from epp.parsing import openai
 from epp.types import LLMRequest
@@ -21,10 +23,17 @@ ENGINE_SEGMENTS = frozenset({
 """First segments of the paths vLLM, SGLang, Triton, TGI, NIM, llama.cpp and Ollama serve; a gateway may put a prefix before them."""
 
 
-def path_of(headers: dict[str, str]) -> str:
+def path_of(headers: Mapping[str, str]) -> str:
     """The path without its query; empty when the gateway sends none (NGINX Gateway Fabric)."""
     path = headers.get(":path") or headers.get("x-original-path") or headers.get("x-forwarded-path") or ""
     return path.partition("?")[0]
+
+
+def needs_body(path: str, headers: Mapping[str, str]) -> bool:
+    """The decision reads the body. If not, it is made on the headers and the body passes by, however long (uploads, websockets)."""
+    if "upgrade" in headers or headers.get("content-encoding", "identity") != "identity":
+        return False
+    return path.endswith(_COMPLETIONS) or not path
 
 
 def parse(request: LLMRequest, body: bytes | None, *, unknown_paths_ok: bool) -> None:
@@ -41,5 +50,5 @@ def parse(request: LLMRequest, body: bytes | None, *, unknown_paths_ok: bool) ->
         return
     elif body is None or not body.lstrip().startswith(b"{"):
         return
-    if body is not None and request.headers.get("content-encoding", "identity") == "identity":
+    if body is not None:
         openai.parse(request, body, kind)

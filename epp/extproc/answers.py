@@ -1,0 +1,27 @@
+"""The one place where an error becomes an answer to the client (protocol reference, section 5)."""
+
+from __future__ import annotations
+
+import msgspec
+
+from epp.errors import EppError
+from epp.extproc.messages import Immediate
+
+DROPPED_REASON = "x-llm-d-request-dropped-reason"
+RETRY_AFTER_S = 1
+"""Told with every 429: queues of a second are usual, longer ones are somebody else's decision."""
+GRPC_STATUS = {400: 3, 401: 16, 403: 7, 404: 5, 408: 4, 412: 9, 413: 8, 429: 8, 431: 8, 500: 13, 503: 14}
+"""HTTP status -> gRPC status, for clients that speak gRPC to the gateway."""
+GRPC_UNKNOWN = 2
+
+
+def immediate(error: EppError, *, grpc: bool) -> Immediate:
+    """An OpenAI-style JSON error; `grpc`: the client speaks gRPC and gets a status it understands."""
+    body = msgspec.json.encode({"error": {"message": error.message, "type": error.type, "code": error.code}})
+    headers = {"content-type": "application/json"}
+    if error.dropped_reason:
+        headers[DROPPED_REASON] = error.dropped_reason
+    if error.http_status == 429:
+        headers["retry-after"] = str(RETRY_AFTER_S)
+    grpc_status = GRPC_STATUS.get(error.http_status, GRPC_UNKNOWN) if grpc else None
+    return Immediate(error.http_status, body, headers, grpc_status=grpc_status, details=f"epp_{error.code}")
