@@ -123,18 +123,19 @@ class Exchange:
         endpoint = self._datastore.by_destination.get(served)
         if endpoint is None or self._ticket is None:
             return
-        # The gateway tried ours first and went on: whatever the reason, it could not use it.
-        self._datastore.set_healthy(self.decision.endpoint, healthy=False)
+        if endpoint in self.decision.fallbacks:
+            # The gateway goes along our list: it could not use the one before. (Elsewhere, it may just not follow us.)
+            self._datastore.set_healthy(self.decision.endpoint, healthy=False)
         self._ticket.move(endpoint)
         for served_by in self._served_hooks:  # the prompt is in that endpoint's cache now
             served_by(self.request, endpoint)
 
     def _observe(self, series: RequestSeries) -> None:
+        if not self._first_s:  # no body, or we are not shown it: then its end is not known either
+            return
         duration_s = self._clock.now_s() - self._started_s
         series.duration_s.observe(duration_s)
         series.response_bytes.observe(self._response_bytes)
-        if not self._first_s:
-            return
         ttft_s = self._first_s - self._started_s
         (series.streaming_ttft_s if self.request.stream else series.ttft_s).observe(ttft_s)
         usage = self._usage.finish() if self._usage is not None else None
@@ -228,6 +229,10 @@ class Director:
             exchange.body = with_model(body, renamed)
             exchange.restorer = ModelRestorer(renamed, request.model)
         return exchange
+
+    def refused(self, error: EppError) -> None:
+        """Count a request that was answered before it could be parsed."""
+        self._metrics.series("", "").errors[error.code_name] += 1
 
     @staticmethod
     def renames(headers: Mapping[str, str]) -> str:

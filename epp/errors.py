@@ -34,6 +34,12 @@ class BadRequestError(EppError):
     code = "bad_request"
 
 
+class GatewayError(EppError):
+    """The gateway is configured in a way the picker can't work with; says what to change there."""
+
+    code = "gateway_misconfigured"
+
+
 class NotFoundError(EppError):
     """A path no inference engine serves, or (later) a model nobody has."""
 

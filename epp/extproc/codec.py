@@ -167,7 +167,8 @@ def _parts(reply: Reply) -> list[bytes | memoryview]:
     if isinstance(reply, ContinueBody):
         return [_continue_body(reply)]
     if isinstance(reply, ContinueTrailers):
-        return [_RESPONSE_TRAILERS if reply.response else _REQUEST_TRAILERS]
+        metadata = _destination_parts(reply.destination)[1] if reply.destination else b""
+        return [(_RESPONSE_TRAILERS if reply.response else _REQUEST_TRAILERS) + metadata]
     assert isinstance(reply, Immediate)
     return [_immediate(reply)]
 

@@ -287,15 +287,25 @@ class H2Connection(asyncio.BufferedProtocol):
             dirty, self._dirty = self._dirty, []
             for stream in dirty:
                 self._send(stream)
-        if self._held and not self._paused and connection.queued_body_size() <= self._limits.queued_bytes_max:
-            held, self._held = self._held, []
-            for count, stream_id in held:
-                connection.acknowledge_received_data(count, stream_id)
+        if self._held and not self._paused:
+            self._acknowledge()
         self._write(connection.data_to_send())
         if self._shared.closing:
             self._shared.stream_ended()
         if not connection.want_read and not connection.want_write:
             self.close()
+
+    def _acknowledge(self) -> None:
+        """Give back window for what was taken in, but not to a stream whose replies its peer does not read."""
+        connection, limits = self._connection, self._limits
+        if connection.queued_body_size() > limits.queued_bytes_max:
+            return
+        held, self._held = self._held, []
+        for count, stream_id in held:
+            if stream_id in self._streams and connection.queued_body_size(stream_id) > limits.stream_queued_bytes_max:
+                self._held.append((count, stream_id))
+            else:
+                connection.acknowledge_received_data(count, stream_id)
 
     def _send(self, stream: _Stream) -> None:
         stream.waiting = False

@@ -28,10 +28,13 @@ class H2Limits:
     """Concurrent streams a connection; Envoy opens another connection beyond."""
     connections_max: int = 4_096
     stream_window_bytes: int = 1 << 20
-    connection_window_bytes: int = 64 << 20
+    connection_window_bytes: int = 1 << 30
+    """Large: bytes that one stalled stream has sent count in it until that stream goes on."""
     frame_bytes_max: int = 1 << 18
-    queued_bytes_max: int = 16 << 20
-    """Replies a peer has not read yet, per connection; beyond it gets no more window to send in."""
+    stream_queued_bytes_max: int = 1 << 20
+    """Replies of one stream its peer has not read yet; beyond, that stream gets no more window to send in."""
+    queued_bytes_max: int = 256 << 20
+    """The same for a connection, all its streams together."""
     header_bytes_max: int = 1 << 16
     handshake_s: float = 10.0
     """From accept to the peer's first bytes."""
@@ -52,6 +55,8 @@ class Connection(Protocol):
     def announce_shutdown(self) -> None: ...
 
     def close(self) -> None: ...
+
+    def abort(self) -> None: ...
 
 
 @dataclass

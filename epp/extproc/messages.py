@@ -160,10 +160,13 @@ class ContinueBody(Reply):
 
 
 class ContinueTrailers(Reply):
-    __slots__ = ("response",)
+    """Trailers stay as they are; `destination`: the decision, where only metadata can still carry it."""
 
-    def __init__(self, *, response: bool) -> None:
+    __slots__ = ("destination", "response")
+
+    def __init__(self, *, response: bool, destination: str = "") -> None:
         self.response = response
+        self.destination = destination
 
 
 class Immediate(Reply):

@@ -17,6 +17,8 @@ from epp.extproc.limits import Limits
 from epp.extproc.session import Session
 from epp.extproc.tls import KeyPair, use
 
+CLOSE_S = 1.0
+"""For a peer to take the last bytes."""
 BACKLOG = 1_024
 """Connections the kernel holds until they are accepted."""
 
@@ -96,7 +98,12 @@ class H2Server:
                 await shared.emptied.wait()
         for connection in list(shared.connections):
             connection.close()
-        await self._server.wait_closed()
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await self._server.wait_closed()
+        except TimeoutError:  # a peer that does not read
+            for connection in list(shared.connections):
+                connection.abort()
 
 
 def listen_problem(host: str | None, port: int, error: OSError) -> str:

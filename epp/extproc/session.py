@@ -20,7 +20,15 @@ from typing import ClassVar
 
 from epp.clock import Clock
 from epp.director import Director, Exchange
-from epp.errors import BadRequestError, BodyTooLargeError, BuffersFullError, DecisionTimeoutError, EppError, TooManyHeadersError
+from epp.errors import (
+    BadRequestError,
+    BodyTooLargeError,
+    BuffersFullError,
+    DecisionTimeoutError,
+    EppError,
+    GatewayError,
+    TooManyHeadersError,
+)
 from epp.extproc.answers import immediate
 from epp.extproc.limits import Limits
 from epp.extproc.messages import (
@@ -67,7 +75,7 @@ class Session:
     """See the module. `receive` takes one message, `half_closed` the end of the peer's messages, `closed` the end of the stream."""
 
     __slots__ = (
-        "_buffered_bytes", "_chunks", "_clock", "_director", "_exchange", "_headers", "_last_s", "_limits", "_passing", "_path", "_phase",
+        "_buffered_bytes", "_chunks", "_clock", "_destination", "_director", "_end_unseen", "_exchange", "_headers", "_last_s", "_limits", "_passing", "_path", "_phase",
         "_pieces", "_request_mode", "_response_mode", "_started_s",
     )  # fmt: skip
 
@@ -85,8 +93,11 @@ class Session:
         """Body messages taken."""
         self._passing = False
         """The decision is made and the rest of the body passes by."""
+        self._end_unseen = False
+        """The gateway will not show us the response's end: the stream's is taken for it."""
         self._buffered_bytes = 0
         self._exchange: Exchange | None = None
+        self._destination = ""
         self._started_s = 0.0
         self._last_s = 0.0
 
@@ -107,6 +118,7 @@ class Session:
 
     def half_closed(self) -> list[Reply]:
         """The peer sends no more. Not a cancel: NGINX Gateway Fabric does so after the body and waits for the answer (rule 9)."""
+        self._end_unseen = True
         if self._phase is Phase.BODY:
             return self._guarded(self._route)
         if self._passing and self._pieces and self._request_mode is BodyMode.FULL_DUPLEX_STREAMED:
@@ -116,21 +128,22 @@ class Session:
 
     def reject(self, error: EppError) -> list[Reply]:
         """The transport can't take what the peer sends (too large a message): answer the client, if that is still possible."""
-        return [] if self._phase is Phase.ANSWERED else self._answer(error)
+        return [] if self._phase is Phase.ANSWERED else self._answer(self._refused(error))
 
     def expire(self, now_s: float) -> list[Reply]:
         """Called now and then: gives up on a request whose body stopped coming, for nothing but the gateway would."""
         if self._phase is not Phase.BODY or now_s - self._last_s < self._limits.decision_s:
             return []
         self._limits.hits("decision_s")
-        return self._answer(DecisionTimeoutError(f"no further piece of the request body came for {self._limits.decision_s:g} s"))
+        error = DecisionTimeoutError(f"no further piece of the request body came for {self._limits.decision_s:g} s")
+        return self._answer(self._refused(error))
 
     def closed(self) -> None:
         """The stream is over, for whatever reason: give back all that is held."""
         self._drop_body()
         self._phase = Phase.ANSWERED
         if self._exchange is not None:
-            self._exchange.finish(complete=False)
+            self._exchange.finish(complete=self._end_unseen)
             self._exchange = None
 
     def _guarded(self, handle: Callable[..., list[Reply]], *args: object) -> list[Reply]:
@@ -142,6 +155,11 @@ class Session:
         except Exception:  # noqa: BLE001 - a bug of ours must reach the client as a 500 with a body
             _log.exception("unexpected error in the request phase")
             return self._answer(EppError("internal error in the endpoint picker"))
+
+    def _refused(self, error: EppError) -> EppError:
+        """Count what is answered before the director sees the request."""
+        self._director.refused(error)
+        return error
 
     def _on_request_headers(self, event: RequestHeaders) -> list[Reply]:
         if self._phase is not Phase.HEADERS:
@@ -155,10 +173,10 @@ class Session:
         headers = event.headers
         self._path = routes.path_of(headers)
         if event.bad_header:
-            raise BadRequestError(f"the value of header {event.bad_header!r} is not valid UTF-8")
+            raise self._refused(BadRequestError(f"the value of header {event.bad_header!r} is not valid UTF-8"))
         if len(headers) > self._limits.header_count_max:
             self._limits.hits("header_count_max")
-            raise TooManyHeadersError(f"more than {self._limits.header_count_max} request headers")
+            raise self._refused(TooManyHeadersError(f"more than {self._limits.header_count_max} request headers"))
         mode = self._request_mode
         if event.end_of_stream or mode is BodyMode.NONE:
             return self._route()  # there is no body to see
@@ -182,6 +200,8 @@ class Session:
             if self._request_mode is BodyMode.FULL_DUPLEX_STREAMED:
                 return _streamed(event.body, ends=event.end_of_stream) or [StreamedBody(b"", end_of_stream=False, response=False)]
             return [ContinueBody(response=False)]
+        if self._phase is Phase.HEADERS:
+            raise self._refused(GatewayError("a request body came without its headers: set the gateway's request_header_mode to SEND"))
         if self._phase is not Phase.BODY:
             return []
         self._last_s = self._clock.now_s()
@@ -200,10 +220,10 @@ class Session:
         size = len(body)
         if self._buffered_bytes + size > limits.body_bytes_max:
             limits.hits("body_bytes_max")
-            raise BodyTooLargeError(f"the request body is larger than {limits.body_bytes_max} bytes")
+            raise self._refused(BodyTooLargeError(f"the request body is larger than {limits.body_bytes_max} bytes"))
         if limits.buffered_bytes + size > limits.buffered_bytes_max:
             limits.hits("buffered_bytes_max")
-            raise BuffersFullError("the endpoint picker holds too many request bodies at once; try again")
+            raise self._refused(BuffersFullError("the endpoint picker holds too many request bodies at once; try again"))
         self._buffered_bytes += size
         limits.buffered_bytes += size
         self._chunks.append(body)
@@ -211,7 +231,10 @@ class Session:
     def _on_request_trailers(self, _event: Event) -> list[Reply]:
         if self._phase is Phase.BODY:
             # Trailers end the body: no piece of it says so (section 2.1), and one that never came is not replied to (rule 14).
-            return [*self._route(trailers=True), ContinueTrailers(response=False)]
+            routed = self._route(trailers=True)
+            if self._request_mode in _HELD_BY_GATEWAY:  # its headers were answered before: only metadata can still say where to
+                return [ContinueTrailers(response=False, destination=self._destination)]
+            return [*routed, ContinueTrailers(response=False)]
         self._passing = False
         return [ContinueTrailers(response=False)]
 
@@ -230,6 +253,8 @@ class Session:
                 remove = ("content-length",)  # the client's name for the model may be longer or shorter
             if event.end_of_stream:
                 self._complete()
+        if self._response_mode is BodyMode.NONE:
+            self._end_unseen = True
         return [ContinueHeaders(response=True, set=self._director.response_headers(event.served), remove=remove)]
 
     def _on_response_body(self, event: ResponseBody) -> list[Reply]:
@@ -284,7 +309,7 @@ class Session:
         self._phase = Phase.ROUTED
         self._drop_body()
         remove = self._director.own_headers(headers)
-        destination = exchange.decision.destination
+        destination = self._destination = exchange.decision.destination
         mode, pieces, renamed = self._request_mode, self._pieces, exchange.body
         if mode is BodyMode.FULL_DUPLEX_STREAMED:
             body = body if renamed is None else renamed

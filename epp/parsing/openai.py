@@ -18,6 +18,9 @@ import msgspec
 from epp.errors import BadRequestError
 from epp.types import TOKEN_BYTES, LLMRequest
 
+MODEL_CHARS_MAX = 512
+"""A longer name is no model's; names are kept as metric labels."""
+
 Kind = Literal["chat", "completion", ""]
 
 _NONE = msgspec.Raw(b"")
@@ -88,6 +91,8 @@ def _decoded(decode: Callable[[bytes], _T], body: bytes) -> _T:
 def _set_model(request: LLMRequest, model: str) -> None:
     if not model:
         raise BadRequestError("model not found in request body")
+    if len(model) > MODEL_CHARS_MAX:
+        raise BadRequestError(f"the model's name is longer than {MODEL_CHARS_MAX} characters")
     request.model = request.target_model = model
 
 

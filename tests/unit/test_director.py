@@ -252,8 +252,17 @@ def test_only_a_failure_to_connect_speaks_against_an_endpoint(status: int, detai
     assert exchange.decision.endpoint.healthy is healthy
 
 
-def test_when_another_served_the_charge_moves_and_ours_is_avoided() -> None:
-    world = core(2)
+LIST_CONFIG = """
+apiVersion: llm-d.ai/v1alpha1
+kind: EndpointPickerConfig
+plugins: [{type: queue-scorer}, {type: prefix-cache-scorer}, {type: max-score-picker, parameters: {maxNumOfEndpoints: 2}}]
+"""
+
+
+@pytest.mark.parametrize(("config", "ours_healthy"), [(LIST_CONFIG, False), ("", True)])
+def test_when_another_served_the_charge_and_the_prefix_move_with_it(config: str, ours_healthy: bool) -> None:
+    """Only a gateway that went along our list says by it that the first did not take the request."""
+    world = core(2, config=config)
     exchange = route(world, chat("x" * 4_000))
     ours = exchange.decision.endpoint
     (other,) = [e for e in world.datastore.endpoints.values() if e is not ours]
@@ -261,7 +270,9 @@ def test_when_another_served_the_charge_moves_and_ours_is_avoided() -> None:
     assert (ours.inflight_requests, ours.inflight_tokens) == (0, 0)
     assert other.inflight_requests == 1
     assert other.inflight_tokens > 1_000
-    assert (ours.healthy, other.healthy) == (False, True)
+    assert (ours.healthy, other.healthy) == (ours_healthy, True)
+    (producer,) = world.built.prefix_producers
+    assert producer.index.held_blocks(other.slot) == len(exchange.request.prefix.hashes) > 0
     exchange.response_chunk(b"a")
     exchange.finish(complete=True)
     assert world.inflight == (0, 0, 0, 0)
