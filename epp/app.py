@@ -149,6 +149,7 @@ class Picker:
         """Serves for the length of the block, with a first look at the engines before it; a loop that fails ends the block."""
         options = self.options
         host = options.bind_address or None
+        failure: StartError | None = None
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._fetcher)
             await self.metrics_server.start(host, options.metrics_port)
@@ -170,10 +171,14 @@ class Picker:
                 self._log_ready()
                 try:
                     yield
+                except StartError as error:  # kept out of the task group, which would wrap it
+                    failure = error
                 finally:
                     await self.ext_proc.stop(GRACE_S)
                     for task in running:
                         task.cancel()
+        if failure is not None:
+            raise failure
 
     async def drain(self, hurry: asyncio.Event) -> None:
         """Say NOT_SERVING and go on serving for the drain time, or until told to hurry."""

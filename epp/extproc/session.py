@@ -118,7 +118,8 @@ class Session:
 
     def half_closed(self) -> list[Reply]:
         """The peer sends no more. Not a cancel: NGINX Gateway Fabric does so after the body and waits for the answer (rule 9)."""
-        self._end_unseen = True
+        if self._headers is not None and self._headers.request_mode is None:  # Envoy, which says its modes, does so when the client left
+            self._end_unseen = True
         if self._phase is Phase.BODY:
             return self._guarded(self._route)
         if self._passing and self._pieces and self._request_mode is BodyMode.FULL_DUPLEX_STREAMED:
