@@ -16,7 +16,7 @@ from epp.errors import EppError, NoEndpointsError
 from epp.observe.metrics import Metrics
 from epp.observe.series import RequestSeries
 from epp.parsing import routes
-from epp.parsing.model_name import ModelRestorer, with_model
+from epp.parsing.model_name import ModelRestorer, checked, with_model
 from epp.parsing.usage import JsonUsage, SseUsage, UsageReader
 from epp.plugins.base import PickedHook
 from epp.scheduling.pipeline import Scheduler
@@ -187,7 +187,7 @@ class Director:
             routes.parse(request, body, unknown_paths_ok=self._unknown_paths_ok)
             renamed = self.renames(request.headers) if request.model and body is not None else ""
             if renamed:
-                request.target_model = renamed
+                request.target_model = checked(renamed)
             if self._test_headers and TEST_SELECTION in request.headers:
                 subset = request.headers[TEST_SELECTION].replace(" ", "").split(",")
             series = metrics.series(request.model, request.target_model, "", request.priority)

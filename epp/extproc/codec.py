@@ -253,7 +253,8 @@ def _route(reply: RouteReply) -> bytes:
     common = _field(b"\x12", options)
     if reply.body is not None:
         common += _replaced(reply.body)
-    return _field(b"\x1a" if reply.in_body else b"\x0a", _field(b"\x0a", common)) + metadata
+    message = _field(b"\x1a" if reply.in_body else b"\x0a", _field(b"\x0a", common)) + metadata
+    return message if reply.keep_request_mode is None else message + _override(reply.keep_request_mode)
 
 
 def _removed(names: Iterable[str]) -> bytes:

@@ -6,6 +6,7 @@ Ten times the CPU of h2.py, and the stock gRPC server: its HTTP/2 policy, its TL
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from epp.errors import StartError
 from epp.extproc import codec
 from epp.extproc.h2_policy import CHECK_S
 from epp.extproc.health import EXT_PROC_SERVICE, Health
+from epp.extproc.server import listen_problem
 from epp.extproc.session import Session
 from epp.extproc.tls import KeyPair, server_context
 
@@ -68,6 +70,7 @@ class GrpcServer:
     async def start(self, host: str | None, port: int) -> None:
         """Listen on `host` (None: all interfaces). Raises StartError."""
         address = f"{f'[{host}]' if host and ':' in host else host or '[::]'}:{port}"
+        _check_free(host, port)  # grpcio would print a line of its own
         try:
             if self._tls is None:
                 self.port = self._server.add_insecure_port(address)
@@ -77,7 +80,7 @@ class GrpcServer:
                 )
                 self.port = self._server.add_secure_port(address, fetched)
         except RuntimeError:
-            raise StartError(f"port {port} is in use ({address}); choose another or stop what listens there") from None
+            raise StartError(f"can't listen on {address}") from None
         await self._server.start()
 
     def present(self, pair: KeyPair) -> None:
@@ -125,6 +128,14 @@ class GrpcServer:
         finally:  # also when the peer resets the stream: grpcio cancels this task
             del self._calls[session]
             session.closed()
+
+
+def _check_free(host: str | None, port: int) -> None:
+    family = socket.AF_INET6 if not host or ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host or "::", port), family=family, dualstack_ipv6=not host).close()
+    except OSError as error:
+        raise StartError(listen_problem(host, port, error)) from None
 
 
 def _read_file(path: str) -> bytes:

@@ -1,10 +1,14 @@
-"""gRPC's framing inside HTTP/2 DATA: a flag byte, four bytes of length, the message (gRPC over HTTP/2, Length-Prefixed-Message)."""
+"""A gRPC call on an HTTP/2 stream, and its framing inside DATA: a flag byte, four bytes of length, the message (gRPC over HTTP/2, Length-Prefixed-Message)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from epp.extproc.limits import Limits
+from epp.extproc.messages import Reply
+from epp.extproc.session import Session
+
+Trailers = tuple[tuple[bytes, bytes], ...]
 
 PREFIX_BYTES = 5
 OK, INVALID_ARGUMENT, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = 0, 3, 12, 13, 14
@@ -74,3 +78,23 @@ class Deframer:
         self._parts.append(data)
         self._held_bytes += len(data)
         self._limits.buffered_bytes += len(data)
+
+
+class Call:
+    """One call: what came in part, and what waits for the next write."""
+
+    __slots__ = ("answer", "deframer", "ending", "headers_sent", "id", "replies", "session", "unary", "waiting")
+
+    def __init__(self, stream_id: int, deframer: Deframer, session: Session | None, unary: Callable[[bytes], bytes] | None) -> None:
+        self.id = stream_id
+        self.deframer = deframer
+        self.session = session
+        self.unary = unary
+        self.replies: list[Reply] = []
+        self.answer = b""
+        """Of a unary call."""
+        self.ending: Trailers | None = None
+        """Set once our side is to end: nothing more is taken in."""
+        self.headers_sent = False
+        self.waiting = False
+        """It is among the connection's `_dirty` streams."""

@@ -22,10 +22,9 @@ from ngh2.enums import Setting
 
 from epp.errors import BodyTooLargeError
 from epp.extproc import codec
-from epp.extproc.grpc_frames import INTERNAL, INVALID_ARGUMENT, OK, UNAVAILABLE, UNIMPLEMENTED, Deframer, framed
+from epp.extproc.grpc_frames import INTERNAL, INVALID_ARGUMENT, OK, UNAVAILABLE, UNIMPLEMENTED, Call, Deframer, Trailers, framed
 from epp.extproc.h2_policy import RESET_BURST, RESETS_PER_S, Shared
 from epp.extproc.messages import Reply
-from epp.extproc.session import Session
 
 _log = logging.getLogger("epp.h2")
 
@@ -37,28 +36,7 @@ READ_BYTES = 1 << 18
 """A connection's read buffer."""
 RESPONSE_HEADERS = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 
-Trailers = tuple[tuple[bytes, bytes], ...]
 _OK: Trailers = ((b"grpc-status", b"0"),)
-
-
-class _Stream:
-    """One call: what came in part, and what waits for the next write."""
-
-    __slots__ = ("answer", "deframer", "ending", "headers_sent", "id", "replies", "session", "unary", "waiting")
-
-    def __init__(self, stream_id: int, deframer: Deframer, session: Session | None, unary: Callable[[bytes], bytes] | None) -> None:
-        self.id = stream_id
-        self.deframer = deframer
-        self.session = session
-        self.unary = unary
-        self.replies: list[Reply] = []
-        self.answer = b""
-        """Of a unary call."""
-        self.ending: Trailers | None = None
-        """Set once our side is to end: nothing more is taken in."""
-        self.headers_sent = False
-        self.waiting = False
-        """It is among the connection's `_dirty` streams."""
 
 
 class H2Connection(asyncio.BufferedProtocol):
@@ -69,10 +47,12 @@ class H2Connection(asyncio.BufferedProtocol):
         self._limits = shared.limits
         self._buffer = bytearray(READ_BYTES)
         self._view = memoryview(self._buffer)
-        self._streams: dict[int, _Stream] = {}
-        self._dirty: list[_Stream] = []
+        self._streams: dict[int, Call] = {}
+        self._dirty: list[Call] = []
         self._held: list[tuple[int, int]] = []
         """(bytes, stream) taken but not acknowledged: the peer must read our replies first."""
+        self._events: list[h2_events.Event] = []
+        """Of the read being handled."""
         self._transport: asyncio.Transport | None = None
         self._connection = ngh2.Connection(
             Role.SERVER,
@@ -132,6 +112,7 @@ class H2Connection(asyncio.BufferedProtocol):
             self.close()
             return
         handlers = self._on
+        self._events = events
         for event in events:
             handle = handlers.get(type(event))
             if handle is not None:
@@ -168,7 +149,7 @@ class H2Connection(asyncio.BufferedProtocol):
         session = new_session() if new_session is not None and not shared.closing else None
         unary = shared.unary.get(path)
         deframer = Deframer(shared.session_limits, self._limits.message_bytes_max)
-        stream = self._streams[event.stream_id] = _Stream(event.stream_id, deframer, session, unary)
+        stream = self._streams[event.stream_id] = Call(event.stream_id, deframer, session, unary)
         if session is None and unary is None:
             if new_session is not None:
                 self._end(stream, UNAVAILABLE, b"shutting down")
@@ -204,7 +185,7 @@ class H2Connection(asyncio.BufferedProtocol):
 
     # gRPC's side
 
-    def _message(self, stream: _Stream, message: bytes) -> None:
+    def _message(self, stream: Call, message: bytes) -> None:
         if stream.ending is not None:
             return
         session = stream.session
@@ -220,7 +201,7 @@ class H2Connection(asyncio.BufferedProtocol):
         if session.answered:
             self._end(stream, OK)
 
-    def _call(self, stream: _Stream, message: bytes) -> None:
+    def _call(self, stream: Call, message: bytes) -> None:
         assert stream.unary is not None
         try:
             stream.answer = framed(stream.unary(message))
@@ -229,16 +210,18 @@ class H2Connection(asyncio.BufferedProtocol):
         else:
             self._end(stream, OK)
 
-    def _half_closed(self, stream: _Stream) -> None:
+    def _half_closed(self, stream: Call) -> None:
         if stream.ending is not None:
             return
         if stream.session is None:
             self._end(stream, INVALID_ARGUMENT, b"no request message")
             return
+        if any(type(event) is h2_events.StreamReset and event.stream_id == stream.id for event in self._events):
+            return  # the client left: what came of its body is no request
         self._say(stream, stream.session.half_closed())
         self._end(stream, OK)
 
-    def _too_large(self, stream: _Stream) -> None:
+    def _too_large(self, stream: Call) -> None:
         self._shared.session_limits.hits("message_bytes_max")
         if stream.session is None:
             self._end(stream, INVALID_ARGUMENT, b"message too large")
@@ -248,19 +231,19 @@ class H2Connection(asyncio.BufferedProtocol):
         self._say(stream, stream.session.reject(error))
         self._end(stream, OK)
 
-    def _say(self, stream: _Stream, replies: list[Reply]) -> None:
+    def _say(self, stream: Call, replies: list[Reply]) -> None:
         if replies:
             stream.replies += replies
             self._mark(stream)
 
-    def _end(self, stream: _Stream, status: int, message: bytes = b"") -> None:
+    def _end(self, stream: Call, status: int, message: bytes = b"") -> None:
         """Our side is done after what is waiting. Any status but OK only for what is not a valid call at all."""
         if stream.ending is None:
             stream.ending = ((b"grpc-status", b"%d" % status), (b"grpc-message", message)) if message else _OK
             stream.deframer.drop()
             self._mark(stream)
 
-    def _mark(self, stream: _Stream) -> None:
+    def _mark(self, stream: Call) -> None:
         if not stream.waiting:
             stream.waiting = True
             self._dirty.append(stream)
@@ -271,7 +254,7 @@ class H2Connection(asyncio.BufferedProtocol):
             self._release(stream)
             self._shared.stream_ended()
 
-    def _release(self, stream: _Stream) -> None:
+    def _release(self, stream: Call) -> None:
         """The call is over, for whatever reason."""
         stream.ending = stream.ending or _OK
         stream.deframer.drop()
@@ -307,7 +290,7 @@ class H2Connection(asyncio.BufferedProtocol):
             else:
                 connection.acknowledge_received_data(count, stream_id)
 
-    def _send(self, stream: _Stream) -> None:
+    def _send(self, stream: Call) -> None:
         stream.waiting = False
         if stream.id not in self._streams:  # reset by the peer in the same read
             return

@@ -92,7 +92,7 @@ class Reply:
 class RouteReply(Reply):
     """The reply that carries the destination, in the header and in `envoy.lb` metadata (rule 5)."""
 
-    __slots__ = ("body", "content_length", "destination", "in_body", "remove", "request_id")
+    __slots__ = ("body", "content_length", "destination", "in_body", "keep_request_mode", "remove", "request_id")
 
     def __init__(
         self,
@@ -103,8 +103,11 @@ class RouteReply(Reply):
         in_body: bool = False,
         body: bytes | None = None,
         remove: tuple[str, ...] = (),
+        keep_request_mode: BodyMode | None = None,
     ) -> None:
         self.destination = destination
+        self.keep_request_mode = keep_request_mode
+        """As in ContinueHeaders."""
         self.body = body
         """With `in_body`: the body to send on instead of the one received."""
         self.remove = remove

@@ -122,7 +122,7 @@ class Session:
             self._end_unseen = True
         if self._phase is Phase.BODY:
             return self._guarded(self._route)
-        if self._passing and self._pieces and self._request_mode is BodyMode.FULL_DUPLEX_STREAMED:
+        if self._phase is Phase.ROUTED and self._passing and self._pieces and self._request_mode is BodyMode.FULL_DUPLEX_STREAMED:
             self._passing = False
             return [StreamedBody(b"", end_of_stream=True, response=False)]
         return []
@@ -155,7 +155,7 @@ class Session:
             return self._answer(error)
         except Exception:  # noqa: BLE001 - a bug of ours must reach the client as a 500 with a body
             _log.exception("unexpected error in the request phase")
-            return self._answer(EppError("internal error in the endpoint picker"))
+            return self._answer(self._refused(EppError("internal error in the endpoint picker")))
 
     def _refused(self, error: EppError) -> EppError:
         """Count what is answered before the director sees the request."""
@@ -250,7 +250,7 @@ class Session:
                 served=event.served,
                 code_details=event.code_details,
             )
-            if exchange.restorer is not None:
+            if exchange.restorer is not None and self._response_mode is not BodyMode.NONE and not event.end_of_stream:
                 remove = ("content-length",)  # the client's name for the model may be longer or shorter
             if event.end_of_stream:
                 self._complete()
@@ -306,7 +306,10 @@ class Session:
         request_id = headers.get("x-request-id", "")
         new_id = "" if request_id else str(uuid.uuid4())
         request = LLMRequest(id=request_id or new_id, path=self._path, headers=headers)
-        exchange = self._exchange = self._director.route(request, body if self._pieces and not cut else None, event.subset, self._started_s)
+        seen = body if self._pieces and not cut else None
+        if event.end_of_stream and headers.get(":method") == "POST" and routes.needs_body(self._path, headers):
+            seen = b""  # `content-length: 0`: as good as an empty body
+        exchange = self._exchange = self._director.route(request, seen, event.subset, self._started_s)
         self._phase = Phase.ROUTED
         self._drop_body()
         remove = self._director.own_headers(headers)
@@ -319,7 +322,8 @@ class Session:
         if mode is BodyMode.STREAMED or not pieces:
             if renamed is not None:
                 remove = (*remove, "content-length")
-            route = RouteReply(destination, request_id=new_id, remove=remove)
+            override = self._unwanted_response_body()
+            route = RouteReply(destination, request_id=new_id, remove=remove, keep_request_mode=override)
             instead = [None] * pieces if renamed is None else [renamed, *[b""] * (pieces - 1)]
             return [route, *(ContinueBody(response=False, body=piece) for piece in instead)]
         length = -1 if renamed is None else len(renamed)

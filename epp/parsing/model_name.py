@@ -10,9 +10,21 @@ import re
 
 import msgspec
 
+from epp.errors import BadRequestError
+
+CHARS_MAX = 512
+"""Names are kept as metric labels."""
+
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\],:]')
 """What tells where in a JSON text we are: strings and punctuation. Possessive: linear on any input."""
 _KEY = b'"model"'
+
+
+def checked(model: str) -> str:
+    """`model` itself. Raises BadRequestError for what is too long to be a name."""
+    if len(model) > CHARS_MAX:
+        raise BadRequestError(f"the model's name is longer than {CHARS_MAX} characters")
+    return model
 
 
 def with_model(body: bytes, model: str) -> bytes:

@@ -16,10 +16,8 @@ from typing import Literal, TypeVar
 import msgspec
 
 from epp.errors import BadRequestError
+from epp.parsing.model_name import checked
 from epp.types import TOKEN_BYTES, LLMRequest
-
-MODEL_CHARS_MAX = 512
-"""A longer name is no model's; names are kept as metric labels."""
 
 Kind = Literal["chat", "completion", ""]
 
@@ -91,9 +89,7 @@ def _decoded(decode: Callable[[bytes], _T], body: bytes) -> _T:
 def _set_model(request: LLMRequest, model: str) -> None:
     if not model:
         raise BadRequestError("model not found in request body")
-    if len(model) > MODEL_CHARS_MAX:
-        raise BadRequestError(f"the model's name is longer than {MODEL_CHARS_MAX} characters")
-    request.model = request.target_model = model
+    request.model = request.target_model = checked(model)
 
 
 def _set_chat_prompt(request: LLMRequest, parsed: _Body) -> None:
