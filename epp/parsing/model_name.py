@@ -29,25 +29,28 @@ def checked(model: str) -> str:
 
 def with_model(body: bytes, model: str) -> bytes:
     """`body`, a JSON object, with `model` as the value of its top-level `model`; unchanged if it has none that is a string."""
-    depth, at_key = 0, False
+    wanted = msgspec.json.encode(model)
+    parts: list[bytes] = []
+    done = depth = 0
+    at_key = is_model = False
     for match in _TOKEN.finditer(body):
         token = match[0]
         first = token[:1]
         if first in b"{[":
             depth += 1
-            at_key = depth == 1 and first == b"{"
+            at_key = depth == 1
+            is_model = False
         elif first in b"}]":
             depth -= 1
         elif first == b",":
-            at_key = depth == 1
-        elif first == b'"' and at_key:
-            at_key = False
-            if token == _KEY:
-                value = _TOKEN.search(body, match.end() + body[match.end() :].index(b":") + 1)
-                if value is None or value[0][:1] != b'"':
-                    return body
-                return body[: value.start()] + msgspec.json.encode(model) + body[value.end() :]
-    return body
+            at_key, is_model = depth == 1, False
+        elif first == b'"' and depth == 1:
+            if at_key:
+                at_key, is_model = False, token == _KEY or (b"\\" in token and msgspec.json.decode(token) == "model")
+            elif is_model:  # a key given twice is changed twice: decoders differ in which one they take
+                parts += (body[done : match.start()], wanted)
+                done = match.end()
+    return b"".join((*parts, body[done:]))
 
 
 class ModelRestorer:
