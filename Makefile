@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint proto bench clean
+.PHONY: demo test check lint proto fuzz bench clean
 
 demo: $(VENV)/.demo ## the main job: simulated engines, the picker and a real Envoy under a chat workload
 	$(BIN)/epp demo $(DEMO_FLAGS)
@@ -24,6 +24,9 @@ lint: $(VENV)/.dev
 
 proto: $(VENV)/.dev ## regenerate epp/_pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=epp/_pb --pyi_out=epp/_pb proto/*.proto
+
+fuzz: $(VENV)/.dev ## a million inputs for the codec, the session, the parsers and the HTTP/2 connection
+	$(BIN)/python -m tests.fuzz.run --inputs 1000000
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench overhead

@@ -266,12 +266,12 @@ class H2Connection(asyncio.BufferedProtocol):
     def _flush(self) -> None:
         """Everything one read caused, in one write."""
         connection = self._connection
+        if self._held and not self._paused:
+            self._acknowledge()  # before new replies wait: what waits now, the peer left unread
         if self._dirty:
             dirty, self._dirty = self._dirty, []
             for stream in dirty:
                 self._send(stream)
-        if self._held and not self._paused:
-            self._acknowledge()
         self._write(connection.data_to_send())
         if self._shared.closing:
             self._shared.stream_ended()
@@ -281,11 +281,13 @@ class H2Connection(asyncio.BufferedProtocol):
     def _acknowledge(self) -> None:
         """Give back window for what was taken in, but not to a stream whose replies its peer does not read."""
         connection, limits = self._connection, self._limits
-        if connection.queued_body_size() > limits.queued_bytes_max:
+        unread_bytes = connection.queued_body_size()
+        if unread_bytes > limits.queued_bytes_max:
             return
         held, self._held = self._held, []
         for count, stream_id in held:
-            if stream_id in self._streams and connection.queued_body_size(stream_id) > limits.stream_queued_bytes_max:
+            stalled = unread_bytes and stream_id in self._streams
+            if stalled and connection.queued_body_size(stream_id) > limits.stream_queued_bytes_max:
                 self._held.append((count, stream_id))
             else:
                 connection.acknowledge_received_data(count, stream_id)

@@ -116,14 +116,20 @@ class Session:
         handle = self._ON.get(type(event))
         if handle is None or self._phase is Phase.ANSWERED:
             return []
-        return self._guarded(handle, self, event)
+        try:
+            return handle(self, event)
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong becomes an answer to the client, never a gRPC error (rule 11)
+            return self._failed(error)
 
     def half_closed(self) -> list[Reply]:
         """The peer sends no more. Not a cancel: NGINX Gateway Fabric does so after the body and waits for the answer (rule 9)."""
         if self._headers is not None and self._headers.request_mode is None:  # Envoy, which says its modes, does so when the client left
             self._end_unseen = True
         if self._phase is Phase.BODY:
-            return self._guarded(self._route)
+            try:
+                return self._route()
+            except Exception as error:  # noqa: BLE001 - as in `receive`
+                return self._failed(error)
         if self._phase is Phase.ROUTED and self._passing and self._pieces and self._request_mode is BodyMode.FULL_DUPLEX_STREAMED:
             self._passing = False
             return [StreamedBody(b"", end_of_stream=True, response=False)]
@@ -149,15 +155,12 @@ class Session:
             self._exchange.finish(complete=self._end_unseen)
             self._exchange = None
 
-    def _guarded(self, handle: Callable[..., list[Reply]], *args: object) -> list[Reply]:
-        """Whatever goes wrong becomes an answer to the client, never a gRPC error (rule 11)."""
-        try:
-            return handle(*args)
-        except EppError as error:
+    def _failed(self, error: Exception) -> list[Reply]:
+        """The answer to a request that went wrong; for a bug of ours, a 500 with a body."""
+        if isinstance(error, EppError):
             return self._answer(error)
-        except Exception:  # noqa: BLE001 - a bug of ours must reach the client as a 500 with a body
-            _log.exception("unexpected error in the request phase")
-            return self._answer(self._refused(EppError("internal error in the endpoint picker")))
+        _log.error("unexpected error in the request phase", exc_info=error)
+        return self._answer(self._refused(EppError("internal error in the endpoint picker")))
 
     def _refused(self, error: EppError) -> EppError:
         """Count what is answered before the director sees the request."""
