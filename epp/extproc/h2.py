@@ -23,7 +23,7 @@ from ngh2.enums import Setting
 from epp.errors import BodyTooLargeError
 from epp.extproc import codec
 from epp.extproc.grpc_frames import INTERNAL, INVALID_ARGUMENT, OK, UNAVAILABLE, UNIMPLEMENTED, Call, Deframer, Trailers, framed
-from epp.extproc.h2_policy import RESET_BURST, RESETS_PER_S, Shared
+from epp.extproc.h2_policy import Shared
 from epp.extproc.messages import Reply
 
 _log = logging.getLogger("epp.h2")
@@ -58,7 +58,7 @@ class H2Connection(asyncio.BufferedProtocol):
             Role.SERVER,
             Configuration(
                 auto_window_update=False,
-                stream_reset_rate_limit=(RESET_BURST, RESETS_PER_S),
+                stream_reset_rate_limit=(self._limits.reset_burst, self._limits.resets_per_s),
                 max_inbound_header_list_size=self._limits.header_bytes_max,
             ),
         )

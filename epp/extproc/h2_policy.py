@@ -13,9 +13,6 @@ from epp.extproc.session import Session
 
 CHECK_S = 5.0
 """How often calls and connections are looked at for silence."""
-RESET_BURST, RESETS_PER_S = 200_000, 50_000
-"""RST_STREAM frames taken from one peer before it counts as abuse. Envoy ends every ext_proc stream with one: nghttp2's default (1000, then
-33 a second) would close the connection on it and fail every request in flight. This is more than one core can serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +33,10 @@ class H2Limits:
     queued_bytes_max: int = 256 << 20
     """The same for a connection, all its streams together."""
     header_bytes_max: int = 1 << 16
+    reset_burst: int = 200_000
+    resets_per_s: int = 50_000
+    """RST_STREAM frames taken from one peer before it counts as abuse. Envoy ends every ext_proc stream with one: nghttp2's default (1000,
+    then 33 a second) would close the connection on it and fail every request in flight. This is more than one core can serve."""
     handshake_s: float = 10.0
     """From accept to the peer's first bytes."""
     stall_s: float = 60.0

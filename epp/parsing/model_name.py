@@ -18,6 +18,8 @@ CHARS_MAX = 512
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\],:]')
 """What tells where in a JSON text we are: strings and punctuation. Possessive: linear on any input."""
 _KEY = b'"model"'
+_ESCAPE = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
+"""How a letter of the key may be written too; nothing here is decoded, for a key need not be valid text."""
 
 
 def checked(model: str) -> str:
@@ -46,11 +48,15 @@ def with_model(body: bytes, model: str) -> bytes:
             at_key, is_model = depth == 1, False
         elif first == b'"' and depth == 1:
             if at_key:
-                at_key, is_model = False, token == _KEY or (b"\\" in token and msgspec.json.decode(token) == "model")
+                at_key, is_model = False, token == _KEY or (b"\\" in token and _ESCAPE.sub(_letter, token) == _KEY)
             elif is_model:  # a key given twice is changed twice: decoders differ in which one they take
                 parts += (body[done : match.start()], wanted)
                 done = match.end()
     return b"".join((*parts, body[done:]))
+
+
+def _letter(escape: re.Match[bytes]) -> bytes:
+    return bytes.fromhex(escape[1].decode())
 
 
 class ModelRestorer:
