@@ -8,7 +8,8 @@ before it, which makes the cached length findable by bisection (1-3 µs) instead
 * what leaves, leaves newest-inserted first, so a child goes before its parent.
 
 Bounded per endpoint by blocks (memory) and, where the size of the engine's KV cache is known, by tokens: two generations; when the
-young one is full it becomes old, and what was old is dropped in slices of `SLICE_BLOCKS` by `tick`, so no call stalls the loop.
+young one is full it becomes old, and what was old is dropped: a little with every prompt recorded, and in slices of `SLICE_BLOCKS` by
+`tick`, so no call stalls the loop.
 
 Cost: lookup O(distinct lengths x log blocks); record O(log blocks + new blocks), about 0.25 µs a new block. About 200 bytes a block.
 """
@@ -120,6 +121,8 @@ class PrefixIndex:
             masks[block] = masks.get(block, 0) | bit
         young.update(dict.fromkeys(fresh))
         held.young_tokens += new_tokens
+        if held.dropping:  # pay as you go: what a prompt adds, twice as much goes
+            self._drop(slot, held, held.dropping, 2 * len(fresh))
 
     def set_capacity_tokens(self, slot: int, tokens: int) -> None:
         """The engine's KV cache holds this many tokens (0: unknown): remember about as much, not more."""
@@ -178,10 +181,15 @@ class PrefixIndex:
         """Take up to `budget` blocks, newest first, out of `generation`; those held again by a younger one keep their bit."""
         young, old, masks, bit = held.young, held.old, self._masks, 1 << slot
         count = min(budget, len(generation))
+        take = generation.popitem
         for _ in range(count):
-            block = generation.popitem()[0]
+            block, _none = take()
             if block not in young and block not in old:
-                self._unset(masks, block, bit)
+                mask = masks[block]
+                if mask == bit:
+                    del masks[block]
+                else:
+                    masks[block] = mask & ~bit
         return count
 
     def _clear(self, slot: int, generation: dict[int, None], budget: int) -> int:

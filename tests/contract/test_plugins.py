@@ -327,10 +327,10 @@ def test_an_endpoint_that_takes_over_a_slot_is_bounded_by_its_cache_as_the_one_b
 @pytest.mark.parametrize(
     ("parameters", "blocks"),
     [
-        ({}, 224),
+        ({}, 128),
         ({"blockGrowth": "uniform"}, 2_048),
         ({"blockSizeTokens": 128, "blockGrowth": "uniform"}, 1_024),
-        ({"maxPrefixTokensToMatch": 6_400}, 82),
+        ({"maxPrefixTokensToMatch": 6_400}, 57),
         ({"maxPrefixTokensToMatch": 6_400, "blockGrowth": "uniform"}, 100),
         ({"maxPrefixTokensToMatch": 0, "maxPrefixBlocksToMatch": 50, "blockGrowth": "uniform"}, 50),
     ],
