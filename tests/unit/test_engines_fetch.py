@@ -105,6 +105,40 @@ async def test_an_answer_cut_short() -> None:
             await fetcher.fetch(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/metrics")
 
 
+async def test_an_answer_without_a_length_ends_with_the_connection() -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.0 200 OK\r\n\r\nup 1\n")
+        writer.close()
+
+    listener = await asyncio.start_server(handle, "127.0.0.1", 0)
+    async with listener, HttpFetcher() as fetcher:
+        url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/metrics"
+        assert [await fetcher.fetch(url) for _ in range(2)] == [b"up 1\n"] * 2
+
+
+async def test_a_kept_connection_the_server_closed_is_replaced_and_not_kept() -> None:
+    asked = 0
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nup 1\n\r\n0\r\n\r\n")
+        if asked == 1:  # the second is asked on this connection, and gets no answer on it
+            await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    listener = await asyncio.start_server(handle, "127.0.0.1", 0)
+    async with listener, HttpFetcher() as fetcher:
+        url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/metrics"
+        assert [await fetcher.fetch(url) for _ in range(2)] == [b"up 1\n"] * 2
+        assert asked == 2
+        async with asyncio.timeout(5):
+            while fetcher._kept:
+                await asyncio.sleep(0.001)
+
+
 async def test_a_fetcher_is_entered_before_use() -> None:
     with pytest.raises(RuntimeError):
         await HttpFetcher().fetch("http://127.0.0.1:1/metrics")
