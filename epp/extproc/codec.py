@@ -158,19 +158,7 @@ def frame(replies: Iterable[Reply]) -> bytes:
 
 
 def _parts(reply: Reply) -> list[bytes | memoryview]:
-    if isinstance(reply, StreamedBody):
-        return _streamed_body(reply)
-    if isinstance(reply, RouteReply):
-        return [_route(reply)]
-    if isinstance(reply, ContinueHeaders):
-        return [_continue_headers(reply)]
-    if isinstance(reply, ContinueBody):
-        return [_continue_body(reply)]
-    if isinstance(reply, ContinueTrailers):
-        metadata = _destination_parts(reply.destination)[1] if reply.destination else b""
-        return [(_RESPONSE_TRAILERS if reply.response else _REQUEST_TRAILERS) + metadata]
-    assert isinstance(reply, Immediate)
-    return [_immediate(reply)]
+    return _WRITERS[type(reply)](reply)
 
 
 _REQUEST_CONTINUE = pb.ProcessingResponse(request_headers=pb.HeadersResponse()).SerializeToString()
@@ -269,6 +257,8 @@ def _replaced(body: bytes) -> bytes:
 
 def _continue_headers(reply: ContinueHeaders) -> bytes:
     """ProcessingResponse.{request_headers,response_headers}[.response.header_mutation] and mode_override."""
+    if not reply.set and not reply.remove and reply.keep_request_mode is None:
+        return _RESPONSE_CONTINUE if reply.response else _REQUEST_CONTINUE
     mutation = b"".join(_header_option(name, value) for name, value in reply.set.items()) if reply.set else b""
     if reply.remove:
         mutation += _removed(reply.remove)
@@ -308,3 +298,18 @@ def _immediate(reply: Immediate) -> bytes:
     options = b"".join(_header_option(key, value) for key, value in reply.headers.items())
     message.headers.MergeFromString(options)
     return pb.ProcessingResponse(immediate_response=message).SerializeToString()
+
+
+def _trailers(reply: ContinueTrailers) -> bytes:
+    metadata = _destination_parts(reply.destination)[1] if reply.destination else b""
+    return (_RESPONSE_TRAILERS if reply.response else _REQUEST_TRAILERS) + metadata
+
+
+_WRITERS: dict[type[Reply], Callable[[Any], list[bytes | memoryview]]] = {
+    StreamedBody: _streamed_body,
+    RouteReply: lambda reply: [_route(reply)],
+    ContinueHeaders: lambda reply: [_continue_headers(reply)],
+    ContinueBody: lambda reply: [_continue_body(reply)],
+    ContinueTrailers: lambda reply: [_trailers(reply)],
+    Immediate: lambda reply: [_immediate(reply)],
+}

@@ -42,6 +42,8 @@ class GrpcServer:
         self._clock = clock
         self._tls = tls
         self._client_ca = _read_file(client_ca_file) if client_ca_file else None
+        if tls is not None:
+            server_context(tls, client_ca_file=client_ca_file)  # says what is wrong with them; grpcio would only log it
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", message_bytes_max),

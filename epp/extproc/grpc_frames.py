@@ -45,6 +45,8 @@ class Deframer:
             data = b"".join(self._parts)
             self.drop()
         size = len(data)
+        if size >= PREFIX_BYTES and data[0] == 0 and int.from_bytes(data[1:PREFIX_BYTES], "big") == size - PREFIX_BYTES <= self._bytes_max:
+            return (data[PREFIX_BYTES:],)  # the usual case: one message, whole
         messages: list[bytes] = []
         at = 0
         while size - at >= PREFIX_BYTES:

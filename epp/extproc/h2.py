@@ -51,8 +51,8 @@ class H2Connection(asyncio.BufferedProtocol):
         self._dirty: list[Call] = []
         self._held: list[tuple[int, int]] = []
         """(bytes, stream) taken but not acknowledged: the peer must read our replies first."""
-        self._events: list[h2_events.Event] = []
-        """Of the read being handled."""
+        self._leaving: set[int] = set()
+        """Streams reset in the read being handled."""
         self._transport: asyncio.Transport | None = None
         self._connection = ngh2.Connection(
             Role.SERVER,
@@ -112,7 +112,7 @@ class H2Connection(asyncio.BufferedProtocol):
             self.close()
             return
         handlers = self._on
-        self._events = events
+        self._leaving = {event.stream_id for event in events if type(event) is h2_events.StreamReset}
         for event in events:
             handle = handlers.get(type(event))
             if handle is not None:
@@ -216,7 +216,7 @@ class H2Connection(asyncio.BufferedProtocol):
         if stream.session is None:
             self._end(stream, INVALID_ARGUMENT, b"no request message")
             return
-        if any(type(event) is h2_events.StreamReset and event.stream_id == stream.id for event in self._events):
+        if stream.id in self._leaving:
             return  # the client left: what came of its body is no request
         self._say(stream, stream.session.half_closed())
         self._end(stream, OK)
@@ -339,7 +339,7 @@ class H2Connection(asyncio.BufferedProtocol):
         if not self._heard:
             if silence_s > limits.handshake_s:
                 self.abort()
-        elif silence_s < limits.keepalive_s:
+        elif silence_s < limits.keepalive_s or 0 < self._pinged_s <= self._last_read_s:
             self._pinged_s = 0.0
         elif not self._pinged_s:
             self._pinged_s = now_s
