@@ -102,6 +102,7 @@ def core(
     buffered_bytes_max: int = 1 << 30,
     unknown_paths_ok: bool = False,
     subset_filter: bool = True,
+    test_headers: bool = False,
 ) -> Core:
     clock = VirtualClock(1000.0)
     datastore = Datastore(clock)
@@ -111,7 +112,15 @@ def core(
     built = build(parsed, registry, random.Random(7))
     metrics = Metrics(clock=clock, pool=datastore)
     limits = Limits(body_bytes_max, buffered_bytes_max, lambda name: metrics.limit_hits.__setitem__(name, metrics.limit_hits[name] + 1))
-    director = Director(datastore, built.scheduler, metrics, clock, unknown_paths_ok=unknown_paths_ok, subset_filter=subset_filter)
+    director = Director(
+        datastore,
+        built.scheduler,
+        metrics,
+        clock,
+        unknown_paths_ok=unknown_paths_ok,
+        subset_filter=subset_filter,
+        test_headers=test_headers,
+    )
     return Core(clock, datastore, built, metrics, director, limits)
 
 

@@ -6,6 +6,7 @@ Ten times the CPU of h2.py, and the stock gRPC server: its HTTP/2 policy, its TL
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,13 @@ from epp.errors import StartError
 from epp.extproc import codec
 from epp.extproc.h2_policy import CHECK_S
 from epp.extproc.health import EXT_PROC_SERVICE, Health
+from epp.extproc.messages import Reply
 from epp.extproc.server import listen_problem
 from epp.extproc.session import Session
 from epp.extproc.tls import KeyPair, server_context
+
+TELL_S = 1.0
+"""For a peer to take the answer of a call that is given up."""
 
 
 class GrpcServer:
@@ -93,9 +98,9 @@ class GrpcServer:
     async def check_alive(self) -> None:
         """Give up calls that stopped; grpcio keeps its connections alive by itself."""
         now_s = self._clock.now_s()
-        for session, context in list(self._calls.items()):
-            for reply in session.expire(now_s):
-                await context.write(codec.encode(reply))  # the peer ends the call when it reads this
+        given_up = [(context, replies) for session, context in list(self._calls.items()) if (replies := session.expire(now_s))]
+        if given_up:
+            await asyncio.gather(*(_tell(context, replies) for context, replies in given_up))
 
     async def run(self) -> None:
         while True:
@@ -130,6 +135,14 @@ class GrpcServer:
         finally:  # also when the peer resets the stream: grpcio cancels this task
             del self._calls[session]
             session.closed()
+
+
+async def _tell(context: Any, replies: list[Reply]) -> None:
+    """The peer ends the call when it reads this; one that is gone, or does not read, keeps nobody waiting."""
+    with contextlib.suppress(grpc.aio.BaseError, TimeoutError):
+        async with asyncio.timeout(TELL_S):
+            for reply in replies:
+                await context.write(codec.encode(reply))
 
 
 def _check_free(host: str | None, port: int) -> None:

@@ -272,7 +272,11 @@ class H2Connection(asyncio.BufferedProtocol):
             dirty, self._dirty = self._dirty, []
             for stream in dirty:
                 self._send(stream)
-        self._write(connection.data_to_send())
+        data = connection.data_to_send()
+        if self._held and not self._paused:  # what a stream was held back for may be on its way now
+            self._acknowledge()
+            data += connection.data_to_send()
+        self._write(data)
         if self._shared.closing:
             self._shared.stream_ended()
         if not connection.want_read and not connection.want_write:

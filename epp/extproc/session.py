@@ -186,7 +186,8 @@ class Session:
         mode = self._request_mode
         if event.end_of_stream or mode is BodyMode.NONE:
             return self._route()  # there is no body to see
-        if (mode is BodyMode.STREAMED and not event.body_unasked) or not routes.needs_body(self._path, headers):
+        shown = event.body_unasked and "trailer" not in headers  # Envoy holds announced trailers, and so the body's end, until we answer
+        if (mode is BodyMode.STREAMED and not shown) or not routes.needs_body(self._path, headers):
             self._passing = True
             return self._route()
         if mode in _HELD_BY_GATEWAY:  # the body is not sent before an answer to the headers (rule 4)
