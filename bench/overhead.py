@@ -303,9 +303,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--serve-args", default="", metavar="'...'", help="further arguments of `epp serve`, as one word")
     add(
         "--echo-loop",
-        choices=("auto", "asyncio", "uvloop"),
-        default="auto",
-        help="the echo's event loop (default: the picker's rule, uvloop where installed)",
+        choices=("asyncio", "uvloop", "auto"),
+        default="asyncio",
+        help="the echo's event loop: the one grpc.aio runs on by itself, or the picker's rule, uvloop where installed (default: %(default)s)",
     )
     add("--json", type=Path, metavar="FILE", help="write rows, machine and versions here too")
     add("--check", action="store_true", help="exit with 1 if a target is missed")

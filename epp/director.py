@@ -207,6 +207,7 @@ class Director:
             uncached -= cached
             metrics.prefix_hit_ratio.observe(cached / match.prompt_tokens)
             metrics.prefix_hit_bytes.observe(cached * 4)
+        rewritten = with_model(body, renamed) if renamed and body is not None and renamed != request.model else None
         for picked in self._scheduler.picked:
             picked(request, endpoint)
         ticket = Ticket(endpoint, max(0, uncached))  # after what plugins do: nothing that may fail comes between this and its Exchange
@@ -225,8 +226,8 @@ class Director:
             started_s=started_s,
             served_hooks=self._scheduler.picked,
         )
-        if renamed and body is not None and renamed != request.model:
-            exchange.body = with_model(body, renamed)
+        if rewritten is not None:
+            exchange.body = rewritten
             exchange.restorer = ModelRestorer(renamed, request.model)
         return exchange
 

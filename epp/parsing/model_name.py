@@ -15,8 +15,10 @@ from epp.errors import BadRequestError
 CHARS_MAX = 512
 """Names are kept as metric labels."""
 
-_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\],:]')
-"""What tells where in a JSON text we are: strings and punctuation. Possessive: linear on any input."""
+_STRING = rb'"(?:[^"\\]++|\\.)*+"'
+_TOKEN = re.compile(rb'\[(?:[^\[\]{}"]++|' + _STRING + rb")*+\]|" + _STRING + rb"|[{}\[\]]", re.DOTALL)
+"""What tells where in a JSON text we are: flat arrays (token ids: one step for all of them), strings, brackets. Possessive: linear."""
+_COLON = re.compile(rb"\s*:")
 _KEY = b'"model"'
 _ESCAPE = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
 """How a letter of the key may be written too; nothing here is decoded, for a key need not be valid text."""
@@ -34,24 +36,21 @@ def with_model(body: bytes, model: str) -> bytes:
     wanted = msgspec.json.encode(model)
     parts: list[bytes] = []
     done = depth = 0
-    at_key = is_model = False
+    is_model = False
     for match in _TOKEN.finditer(body):
         token = match[0]
         first = token[:1]
-        if first in b"{[":
-            depth += 1
-            at_key = depth == 1
-            is_model = False
-        elif first in b"}]":
-            depth -= 1
-        elif first == b",":
-            at_key, is_model = depth == 1, False
-        elif first == b'"' and depth == 1:
-            if at_key:
-                at_key, is_model = False, token == _KEY or (b"\\" in token and _ESCAPE.sub(_letter, token) == _KEY)
-            elif is_model:  # a key given twice is changed twice: decoders differ in which one they take
+        if first == b'"':
+            if depth == 1 and _COLON.match(body, match.end()):
+                is_model = token == _KEY or (b"\\" in token and _ESCAPE.sub(_letter, token) == _KEY)
+            elif depth == 1 and is_model:  # a key given twice is changed twice: decoders differ in which one they take
                 parts += (body[done : match.start()], wanted)
                 done = match.end()
+        elif first in b"{[":
+            is_model = False
+            depth += len(token) == 1  # a flat array is over already
+        else:
+            depth -= 1
     return b"".join((*parts, body[done:]))
 
 
