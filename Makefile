@@ -26,6 +26,7 @@ proto: $(VENV)/.dev ## regenerate epp/_pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=epp/_pb --pyi_out=epp/_pb proto/*.proto
 
 fuzz: $(VENV)/.dev ## a million inputs for the codec, the session, the parsers and the HTTP/2 connection
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[fuzz]' || echo "no atheris for this Python: fuzzing without coverage guidance"
 	$(BIN)/python -m tests.fuzz.run --inputs 1000000
 
 bench: $(VENV)/.dev
