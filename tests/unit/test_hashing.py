@@ -20,7 +20,9 @@ def test_the_geometric_layout() -> None:
     assert [part.start for part in LAYOUT.slices] == [0, *(part.stop for part in LAYOUT.slices[:-1])]
 
 
-@pytest.mark.parametrize(("tokens", "count"), [(63, 0), (64, 1), (127, 1), (2_048, 32), (4_096, 48), (128_000, 127), (131_072, 128), (200_000, 128)])
+@pytest.mark.parametrize(
+    ("tokens", "count"), [(63, 0), (64, 1), (127, 1), (2_048, 32), (4_096, 48), (128_000, 127), (131_072, 128), (200_000, 128)]
+)
 def test_blocks_of_a_prompt(tokens: int, count: int) -> None:
     assert len(chain(bytes(TOKEN_BYTES * tokens), LAYOUT, 1)) == count
 
