@@ -51,7 +51,8 @@ GRACE_S = 10.0
 """For streams in flight once the listener is closed."""
 FIRST_ROUND_S = 1.5
 """Start-up waits at most this long for a first reading of every endpoint."""
-INDEX_TICK_S = 0.02
+INDEX_TICK_S = 0.1
+"""Between slices of forgetting; prompts pay for most of it as they are recorded."""
 
 
 class Picker:
@@ -158,7 +159,6 @@ class Picker:
             stack.push_async_callback(self.health_server.stop, 0)
             await self.scraper.first_round(FIRST_ROUND_S)
             await self.ext_proc.start(host, options.grpc_port)
-            stack.push_async_callback(self.ext_proc.stop, GRACE_S)
             async with asyncio.TaskGroup() as tasks:
                 loops = [self.scraper.run(), self.ext_proc.run(), self.health_server.run(), forever(self._tick, INDEX_TICK_S)]
                 if self._source is not None:

@@ -75,8 +75,8 @@ class Session:
     """See the module. `receive` takes one message, `half_closed` the end of the peer's messages, `closed` the end of the stream."""
 
     __slots__ = (
-        "_buffered_bytes", "_chunks", "_clock", "_declined", "_destination", "_director", "_end_unseen", "_exchange", "_headers", "_last_s", "_limits", "_passing", "_path", "_phase",
-        "_pieces", "_request_mode", "_response_mode", "_started_s",
+        "_buffered_bytes", "_chunks", "_clock", "_destination", "_director", "_end_unseen", "_exchange", "_headers", "_last_s", "_limits",
+        "_passing", "_path", "_phase", "_pieces", "_request_mode", "_response_mode", "_started_s",
     )  # fmt: skip
 
     def __init__(self, director: Director, limits: Limits, clock: Clock) -> None:
@@ -93,8 +93,6 @@ class Session:
         """Body messages taken."""
         self._passing = False
         """The decision is made and the rest of the body passes by."""
-        self._declined = False
-        """We asked not to be shown the response's body."""
         self._end_unseen = False
         """The gateway will not show us the response's end: the stream's is taken for it."""
         self._buffered_bytes = 0
@@ -198,7 +196,6 @@ class Session:
         """A response held by the gateway until it is whole would hold back the first token: ask not to be shown it."""
         if self._response_mode not in _HELD_BY_GATEWAY or (self._headers and self._director.renames(self._headers.headers)):
             return None
-        self._declined = True
         return self._request_mode
 
     def _on_request_body(self, event: RequestBody) -> list[Reply]:

@@ -17,7 +17,7 @@ import msgspec
 
 from epp.config.walk import join, kind, suggestion
 from epp.errors import Problem
-from epp.plugins.base import Plugin
+from epp.plugins.base import Plugin, PointwiseScorer, RangeScorer
 from epp.plugins.pickers.max_score import MaxScorePicker
 from epp.plugins.producers.approx_prefix_cache import ApproxPrefixCacheProducer
 from epp.plugins.scorers.kv_cache_utilization import KvCacheUtilizationScorer
@@ -134,6 +134,9 @@ def _class_fault(cls: Any) -> str:
     roles = _roles(cls)
     if not roles:
         return f"has none of the methods {', '.join(ROLE_OF_METHOD)}, so it is neither filter, scorer, picker nor producer"
+    for base, method in ((PointwiseScorer, "score_one"), (RangeScorer, "measure")):
+        if issubclass(cls, base) and getattr(cls, method) is getattr(base, method):
+            return f"is a {base.__name__} without `{method}`"
     if "scorer" in roles and not isinstance(getattr(cls, "per_request", None), bool):
         return "is a scorer without `per_request`"
     return ""

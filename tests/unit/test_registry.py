@@ -10,7 +10,7 @@ import pytest
 
 from epp.config.load import default_config, load, resolve_defaults
 from epp.errors import ConfigError
-from epp.plugins.base import Plugin
+from epp.plugins.base import Plugin, PointwiseScorer, RangeScorer
 from epp.plugins.registry import BUILT_IN, Registry, SingleProfileHandler, UnknownPluginError
 from epp.plugins.scorers.queue import QueueScorer
 from epp.types import Endpoint, LLMRequest
@@ -125,7 +125,7 @@ def test_only_plugins_can_be_registered() -> None:
 
 THIRD_PARTY = """
 from typing import ClassVar
-from epp.plugins.base import Plugin
+from epp.plugins.base import Plugin, PointwiseScorer, RangeScorer
 
 class Nearest(Plugin):
     type: ClassVar[str] = "nearest-scorer"
@@ -210,3 +210,16 @@ def test_classes_that_are_no_plugins_are_faults() -> None:
 def test_a_fault_in_third_party_parameters() -> None:
     (problem,) = Registry().problems("shop_plugins:Nearest", {"reech": 2}, "plugins[0]")
     assert str(problem) == "plugins[0].parameters.reech: unknown parameter; did you mean reach?"
+
+
+def test_a_scorer_that_leaves_out_its_one_method_is_a_fault_of_the_configuration_not_of_every_request() -> None:
+    class Forgetful(PointwiseScorer):
+        type = "forgetful-scorer"
+
+    class AlsoForgetful(RangeScorer):
+        type = "also-forgetful-scorer"
+
+    with pytest.raises(ValueError, match="is a PointwiseScorer without `score_one`"):
+        Registry([Forgetful])
+    with pytest.raises(ValueError, match="is a RangeScorer without `measure`"):
+        Registry([AlsoForgetful])
