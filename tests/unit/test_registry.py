@@ -125,7 +125,7 @@ def test_only_plugins_can_be_registered() -> None:
 
 THIRD_PARTY = """
 from typing import ClassVar
-from epp.plugins.base import Plugin, PointwiseScorer, RangeScorer
+from epp.plugins.base import Plugin
 
 class Nearest(Plugin):
     type: ClassVar[str] = "nearest-scorer"
