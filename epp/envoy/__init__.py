@@ -49,6 +49,8 @@ class EnvoyOptions:
     concurrency: int | None = None
     """Worker threads; None leaves it to Envoy: one a core."""
     log_level: str = "warning"
+    reports_served: bool = True
+    """Envoy can say in metadata which host of a list it used (1.38.3 and later); before, it says so in an attribute alone."""
     envoy_path: str | None = None
     """The Envoy binary; None looks for one (see `supervisor.find_envoy`)."""
 

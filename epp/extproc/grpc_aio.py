@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,11 @@ from epp.extproc.tls import KeyPair, server_context
 
 TELL_S = 1.0
 """For a peer to take the answer of a call that is given up."""
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """grpcio logs a call cancelled before its handler began as an exception nobody handled; it is a client that left."""
+    return not (record.exc_info and record.exc_info[0] is asyncio.CancelledError)
 
 
 class GrpcServer:
@@ -78,6 +84,7 @@ class GrpcServer:
         """Listen on `host` (None: all interfaces). Raises StartError."""
         address = f"{f'[{host}]' if host and ':' in host else host or '[::]'}:{port}"
         _check_free(host, port)  # grpcio would print a line of its own
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
         try:
             if self._tls is None:
                 self.port = self._server.add_insecure_port(address)

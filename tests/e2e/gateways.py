@@ -25,7 +25,7 @@ from programs import LOOPBACK, POLL_S, START_S, Picker, Program, free_port
 
 from epp.envoy import Destination, EnvoyOptions
 from epp.envoy.bootstrap import EPP_CLUSTER, POOL_CLUSTER, SUBSET_NAMESPACE, build_bootstrap
-from epp.envoy.supervisor import find_envoy, lifeline
+from epp.envoy.supervisor import find_envoy, fitted, lifeline
 from epp.types import Address
 
 FULL_DUPLEX = "FULL_DUPLEX_STREAMED"
@@ -83,7 +83,7 @@ class Way:
             options = EnvoyOptions(
                 listen=listen, endpoints=self.endpoints, epp=picker, epp_tls=self.picker_tls, destination=self.destination
             )
-            config = build_bootstrap(options).to_dict(casing=betterproto2.Casing.SNAKE)["static_resources"]
+            config = build_bootstrap(fitted(options)).to_dict(casing=betterproto2.Casing.SNAKE)["static_resources"]
             (listener,) = config["listeners"]
             found = {cluster["name"]: cluster for cluster in config["clusters"]}
             manager = _manager(listener)
