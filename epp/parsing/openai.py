@@ -1,7 +1,7 @@
-"""OpenAI-style request bodies: `/v1/completions` and `/v1/chat/completions`.
+"""The OpenAI API: chat, completions, embeddings, responses, conversations, images; and vLLM's /render of the first two.
 
-Only the fields routing needs are decoded; the prompt (`messages`, `tools`, `prompt`) stays the raw JSON the client sent, which is
-what gets hashed: a client that continues a conversation sends the earlier messages in the same bytes again, so equal bytes stand
+Only the fields routing needs are decoded; the prompt (`messages`, `tools`, `prompt`, `input`) stays the raw JSON the client sent, which
+is what gets hashed: a client that continues a conversation sends the earlier messages in the same bytes again, so equal bytes stand
 for equal prefixes, at the cost of a scan instead of a decode and for any language or escaping. The body itself is never rebuilt.
 
 Cost: about 36 µs for 128 KB.
@@ -9,112 +9,197 @@ Cost: about 36 µs for 128 KB.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable
-from typing import Literal, TypeVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import msgspec
 
 from epp.errors import BadRequestError
-from epp.parsing.model_name import checked
-from epp.types import TOKEN_BYTES, LLMRequest
+from epp.parsing.base import (
+    ABSENT,
+    Body,
+    JsonParser,
+    decode_items,
+    decoded,
+    given,
+    has_messages,
+    lenient,
+    set_common,
+    set_named,
+    set_output_tokens,
+    set_prompt,
+    set_text,
+)
+from epp.parsing.conversation import LARGE_BYTES, refuse_crowded, set_conversation
+from epp.types import LLMRequest
 
-Kind = Literal["chat", "completion", ""]
 
-_NONE = msgspec.Raw(b"")
-_T = TypeVar("_T")
-
-
-class _Body(msgspec.Struct, gc=False):
-    model: str = ""
-    stream: bool | None = None
-    messages: msgspec.Raw = _NONE
-    prompt: msgspec.Raw = _NONE
-    tools: msgspec.Raw = _NONE
+class _Chat(Body, gc=False):
+    messages: list[msgspec.Raw] = msgspec.field(default_factory=list)
+    tools: msgspec.Raw = ABSENT
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    cache_salt: str | None = None
+    extra_key: msgspec.Raw = ABSENT
 
 
-class _Named(msgspec.Struct):
-    """What is left to read of a body whose other fields have types we don't know."""
-
-    model: str = ""
-
-
-_decode = msgspec.json.Decoder(_Body).decode
-_decode_named = msgspec.json.Decoder(_Named).decode
-_decode_tokens = msgspec.json.Decoder(list[int]).decode
+class _Completion(Body, gc=False):
+    prompt: msgspec.Raw = ABSENT
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    extra_key: msgspec.Raw = ABSENT
 
 
-def parse(request: LLMRequest, body: bytes, kind: Kind) -> None:
-    """Fill in `request` from `body`; `kind` "" tells the API from the body's shape (gateways that send no path).
+class _Embedding(Body, gc=False):
+    input: msgspec.Raw = ABSENT
+    messages: msgspec.Raw = ABSENT
 
-    Raises BadRequestError for bad JSON, a missing model or a chat without messages. A body whose fields have unexpected types is
-    left with its model alone: it is routed by load, and the engine says what is wrong with it.
-    """
+
+class _Response(Body, gc=False):
+    input: msgspec.Raw = ABSENT
+    instructions: msgspec.Raw = ABSENT
+    tools: msgspec.Raw = ABSENT
+    max_output_tokens: int | None = None
+
+
+class _Conversation(Body, gc=False):
+    items: msgspec.Raw = ABSENT
+
+
+class _Shape(msgspec.Struct, gc=False):
+    messages: msgspec.Raw = ABSENT
+    prompt: msgspec.Raw = ABSENT
+    input: msgspec.Raw = ABSENT
+
+
+_decode_chat = msgspec.json.Decoder(_Chat).decode
+_decode_completion = msgspec.json.Decoder(_Completion).decode
+_decode_embedding = msgspec.json.Decoder(_Embedding).decode
+_decode_response = msgspec.json.Decoder(_Response).decode
+_decode_conversation = msgspec.json.Decoder(_Conversation).decode
+_decode_shape = msgspec.json.Decoder(_Shape).decode
+_decode_text = msgspec.json.Decoder(str).decode
+
+_NO_MESSAGES = "invalid chat completions request: must have valid messages field"
+
+
+def _chat(request: LLMRequest, body: bytes) -> None:
+    if len(body) > LARGE_BYTES:
+        refuse_crowded(body)
     try:
-        parsed = _decoded(_decode, body)
+        parsed = decoded(_decode_chat, body)
     except msgspec.ValidationError:
-        try:
-            _set_model(request, _decoded(_decode_named, body).model)
-        except msgspec.ValidationError as error:
-            raise BadRequestError(f"the request body is not understood: {error}") from None
+        set_named(request, body)
+        if not has_messages(body):
+            raise BadRequestError(_NO_MESSAGES) from None
         return
-    _set_model(request, parsed.model)
-    request.stream = parsed.stream is True
-    if parsed.max_completion_tokens is not None:
-        request.max_output_tokens = parsed.max_completion_tokens
+    set_common(request, parsed)
+    if not parsed.messages:
+        raise BadRequestError(_NO_MESSAGES)
+    _set_limits(request, parsed)
+    tools = parsed.tools  # they come first, as chat templates put them
+    set_conversation(request, given(tools) if len(tools) else b"", parsed.messages)
+
+
+def _completion(request: LLMRequest, body: bytes) -> None:
+    parsed = decoded(_decode_completion, body)
+    set_common(request, parsed)
+    _set_limits(request, parsed)
+    set_prompt(request, bytes(parsed.prompt))
+
+
+def _embedding(request: LLMRequest, body: bytes) -> None:
+    parsed = decoded(_decode_embedding, body)
+    set_common(request, parsed)
+    if len(parsed.messages) and not len(parsed.input):  # as vLLM takes pictures to embed
+        _set_items(request, b"", bytes(parsed.messages), body)
     else:
-        request.max_output_tokens = parsed.max_tokens
-    request.cache_salt = parsed.cache_salt or ""
-    if kind == "chat" or (not kind and len(parsed.messages)):
-        _set_chat_prompt(request, parsed)
+        set_prompt(request, bytes(parsed.input))
+
+
+def _response(request: LLMRequest, body: bytes) -> None:
+    """`previous_response_id` is not followed: what it stands for is known to the engine alone."""
+    parsed = decoded(_decode_response, body)
+    set_common(request, parsed)
+    set_output_tokens(request, parsed.max_output_tokens)
+    before = given(parsed.instructions) + given(parsed.tools)
+    content = bytes(parsed.input)
+    if content[:1] == b'"':  # as the first item of the list it will be part of in the next turn
+        set_text(request, before + b'[{"role":"user","content":' + content + b"}")
     else:
-        _set_completion_prompt(request, bytes(parsed.prompt))
+        _set_items(request, before, content, body)
 
 
-def _decoded(decode: Callable[[bytes], _T], body: bytes) -> _T:
-    """Raises BadRequestError for bad JSON, msgspec.ValidationError for JSON of another shape."""
-    try:
-        return decode(body)
-    except msgspec.ValidationError:
-        raise
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequestError(f"the request body is not valid JSON: {error}") from None
-    except RecursionError:
-        raise BadRequestError("the request body is nested too deeply") from None
+def _conversation(request: LLMRequest, body: bytes) -> None:
+    parsed = decoded(_decode_conversation, body)
+    set_common(request, parsed)
+    _set_items(request, b"", bytes(parsed.items), body)
 
 
-def _set_model(request: LLMRequest, model: str) -> None:
-    if not model:
-        raise BadRequestError("model not found in request body")
-    request.model = request.target_model = checked(model)
+def _any(request: LLMRequest, body: bytes) -> None:
+    """Which it is, the body tells."""
+    shape = decoded(_decode_shape, body)
+    if len(shape.messages):
+        _chat(request, body)
+    elif len(shape.input):
+        _response(request, body)
+    else:
+        _completion(request, body)
 
 
-def _set_chat_prompt(request: LLMRequest, parsed: _Body) -> None:
-    messages = bytes(parsed.messages)
-    if len(messages) < 2 or messages[:1] != b"[" or not messages[1:-1].strip():
-        raise BadRequestError("invalid chat completions request: must have valid messages field")
-    # Without its closing bracket the array is a prefix of the next turn's; tools come first, as chat templates put them.
-    prompt = messages[:-1]
-    tools = bytes(parsed.tools)
-    if tools and tools != b"null":
-        prompt = tools + prompt
-    _set_text(request, prompt)
+def _set_items(request: LLMRequest, before: bytes, items: bytes, body: bytes) -> None:
+    if len(body) > LARGE_BYTES:
+        refuse_crowded(body)
+    listed = lenient(decode_items, items)
+    if listed:
+        set_conversation(request, before, listed)
+    elif before:
+        set_text(request, before)
 
 
-def _set_completion_prompt(request: LLMRequest, prompt: bytes) -> None:
-    if prompt[:1] == b"[":
+def _set_limits(request: LLMRequest, parsed: _Chat | _Completion) -> None:
+    tokens = parsed.max_tokens if parsed.max_completion_tokens is None else parsed.max_completion_tokens
+    if tokens is not None:
+        set_output_tokens(request, tokens)
+    if len(parsed.extra_key):  # SGLang's: it adds both to what separates tenants
+        key = lenient(_decode_text, parsed.extra_key)
+        if key:
+            request.cache_salt = f"{request.cache_salt}\0{key}"
+
+
+_READERS: Mapping[str, Callable[[LLMRequest, bytes], None]] = {
+    "chat": _chat,
+    "completion": _completion,
+    "embedding": _embedding,
+    "response": _response,
+    "conversation": _conversation,
+    "image": _completion,
+    "": _any,
+}
+
+
+class OpenAIParser(JsonParser):
+    """Bodies of the OpenAI API: chat and text completions, embeddings, responses, conversations, image generations.
+
+    The prompt is tools (or instructions and tools), then the messages or the input, as raw JSON, a quarter of a token a byte; token
+    ids count as they are; media as the tokens an engine makes of them. It takes no parameters.
+    """
+
+    type: ClassVar[str] = "openai-parser"
+    suffixes: ClassVar[Mapping[str, str]] = {
+        "/chat/completions": "chat",
+        "/chat/completions/render": "chat",
+        "/completions": "completion",
+        "/completions/render": "completion",
+        "/embeddings": "embedding",
+        "/responses": "response",
+        "/conversations": "conversation",
+        "/images/generations": "image",
+    }
+    told_by: ClassVar[Mapping[str, str]] = {"messages": "chat", "prompt": "completion"}
+
+    def parse(self, request: LLMRequest, body: bytes, kind: str) -> None:
+        """A body whose fields have unexpected types is left with its model alone. Kind "" tells the API from the body's shape."""
         try:
-            request.prompt = array("I", _decode_tokens(prompt)).tobytes()
-            request.prompt_tokens = len(request.prompt) // TOKEN_BYTES
-        except (msgspec.ValidationError, OverflowError):
-            _set_text(request, prompt[1:-1])  # a list of strings, or of token lists
-    elif prompt[:1] == b'"':
-        _set_text(request, prompt[1:-1])
-
-
-def _set_text(request: LLMRequest, prompt: bytes) -> None:
-    request.prompt = prompt
-    request.prompt_tokens = -(-len(prompt) // TOKEN_BYTES)
+            _READERS[kind](request, body)
+        except msgspec.ValidationError:
+            set_named(request, body)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epp.parsing.usage import LINE_BYTES_MAX, TAIL_BYTES_MAX, JsonUsage, SseUsage, UsageReader
+from epp.parsing.usage import LINE_BYTES_MAX, TAIL_BYTES_MAX, JsonUsage, SseUsage
+from epp.plugins.base import UsageReader
 from epp.types import Usage
 
 SSE = (
@@ -135,3 +136,48 @@ def test_garbage_is_no_usage_and_no_error(make: type[SseUsage | JsonUsage], garb
 def test_noise_is_no_error(chunks: list[bytes]) -> None:
     for reader in (SseUsage(), JsonUsage()):
         read(reader, *chunks)
+
+
+def completed(text: str) -> bytes:
+    """The last events of a stream of the Responses API."""
+    usage = {"input_tokens": 5, "input_tokens_details": {"cached_tokens": 2}, "output_tokens": 7}
+    events = [
+        {"type": "response.created", "response": {"id": "r", "usage": None}},
+        {"type": "response.output_text.delta", "delta": 'the "usage"'},
+        {"type": "response.completed", "response": {"output": [{"text": text}], "usage": usage, "user": None}},
+    ]
+    return b"".join(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode() for event in events)
+
+
+def test_the_responses_api_has_usage_in_the_response() -> None:
+    text = completed("hi")
+    for at in range(len(text) + 1):
+        assert read(SseUsage(), text[:at], text[at:]) == Usage(5, 7, 2), at
+    assert read(JsonUsage(), b'{"object":"response","usage":{"input_tokens":5,"output_tokens":7}}') == Usage(5, 7, -1)
+    assert read(SseUsage(), b'data: {"response":"the \\"usage\\"","usage":{"prompt_tokens":1}}\n\n') == Usage(1, -1, -1)
+    assert read(SseUsage(), b'data: {"response":"text","x":"usage","usage":null}\n\n') is None
+
+
+@pytest.mark.parametrize("size", [LINE_BYTES_MAX - 400, LINE_BYTES_MAX, LINE_BYTES_MAX * 3])
+def test_an_answer_repeated_whole_at_the_end_has_its_usage_at_its_end(size: int) -> None:
+    text = SSE + completed("x" * size)
+    for piece in (7_001, 16_384, 65_536, len(text)):
+        assert read(SseUsage(), *[text[at : at + piece] for at in range(0, len(text), piece)]) == Usage(5, 7, 2), piece
+    assert read(SseUsage(), text.rstrip(b"\n")) == Usage(5, 7, 2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(LINE_BYTES_MAX - 700, LINE_BYTES_MAX + 700),
+    st.lists(st.integers(0, 3 * LINE_BYTES_MAX), max_size=6),
+    st.sampled_from([b"data: ", b": ", b""]),
+)
+def test_where_a_long_line_is_cut_makes_no_difference(size: int, cuts: list[int], start: bytes) -> None:
+    text = SSE + start + completed("x" * size)[-size:] + b"data: " + b"y" * 2 * size + b"\n" + SSE[:70]
+    at = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    assert read(SseUsage(), *[text[a:b] for a, b in itertools.pairwise(at)]) == read(SseUsage(), text)
+
+
+def test_empty_chunks_are_nothing() -> None:
+    assert read(SseUsage(), b"", SSE[:50], b"", SSE[50:], b"") == FOUND
+    assert read(JsonUsage(), b"", b'{"usage":', b"", b'{"prompt_tokens":1}}', b"") == Usage(1, -1, -1)
