@@ -28,13 +28,17 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 def parse(text: str) -> tuple[Any, list[Problem]]:
     """The document, None if empty, and what is wrong with its text. After a fault in the syntax or a limit the document is None."""
-    if len(text.encode(errors="replace")) > DOCUMENT_BYTES_MAX:
+    try:
+        size_bytes = len(text.encode())
+    except UnicodeEncodeError:
+        return None, [Problem("", "is not UTF-8")]
+    if size_bytes > DOCUMENT_BYTES_MAX:
         return None, [Problem("", f"larger than {DOCUMENT_BYTES_MAX} bytes")]
     problems: list[Problem] = []
     try:
         if text.lstrip().startswith("{"):
             try:
-                return json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, problems)), problems
+                return _whole(json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, problems)), text), problems
             except json.JSONDecodeError:
                 problems.clear()  # YAML's own braces; if it is broken JSON, YAML's message has the line too
         return _yaml(text, problems), problems
@@ -48,6 +52,16 @@ def parse(text: str) -> tuple[Any, list[Problem]]:
         return None, [Problem("", str(error))]
     except RecursionError:
         return None, [Problem("", "nested too deeply")]
+
+
+def _whole(document: Any, text: str) -> Any:
+    """JSON can escape half a surrogate pair, a string nothing can print. Raises ValueError."""
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(document, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a string has half of a surrogate pair (\\ud800 to \\udfff)") from None
+    return document
 
 
 def _object(pairs: list[tuple[str, Any]], problems: list[Problem]) -> dict[str, Any]:

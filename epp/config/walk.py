@@ -1,4 +1,4 @@
-"""Going through a document and noting every fault with its path, instead of stopping at the first.
+"""Going through a document and noting every fault with its path, instead of stopping at the first; and what only deserves a warning.
 
 Each method returns something usable even after a fault, so that the walk goes on.
 """
@@ -10,15 +10,20 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from epp.config import quantities
 from epp.errors import Problem
 
 
 class Walk:
     def __init__(self, problems: list[Problem] | None = None) -> None:
         self.problems: list[Problem] = list(problems or ())
+        self.warnings: list[str] = []
 
     def fault(self, path: str, message: str) -> None:
         self.problems.append(Problem(path, message))
+
+    def warn(self, path: str, message: str) -> None:
+        self.warnings.append(str(Problem(path, message)))
 
     def mapping(self, value: Any, path: str, known: Collection[str]) -> Mapping[str, Any]:
         """The mapping's known fields that are set; anything else in it is a fault."""
@@ -65,6 +70,62 @@ class Walk:
             number = math.inf
         if not math.isfinite(number) or number < 0:
             self.fault(path, f"must be a finite number, 0 or more, not {number:g}")
+            return default
+        return number
+
+    def integer(self, value: Any, path: str, default: int) -> int:
+        """A whole number of 64 bits; `1.0` is one too."""
+        if value is None:
+            return default
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            self.fault(path, f"must be a whole number, not {value if isinstance(value, float) else kind(value)}")
+            return default
+        if abs(value) > quantities.INT64_MAX:
+            self.fault(path, "must be a whole number of at most 64 bits")
+            return default
+        return value
+
+    def boolean(self, value: Any, path: str, default: bool) -> bool:
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self.fault(path, f"must be true or false, not {kind(value)}")
+            return default
+        return value
+
+    def duration_s(self, value: Any, path: str, default: float) -> float:
+        """Seconds, 0 or more, of a Go duration."""
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            self.fault(path, f"must be a duration such as 60s, not {kind(value)}")
+            return default
+        try:
+            seconds = quantities.duration_s(value)
+        except ValueError as error:
+            self.fault(path, str(error))
+            return default
+        if seconds < 0:
+            self.fault(path, f"can't be negative, as {value} is")
+            return default
+        return seconds
+
+    def quantity(self, value: Any, path: str, default: int) -> int:
+        """A Kubernetes quantity, 0 or more, as a whole number; written as a string or a number."""
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            self.fault(path, f"must be a quantity such as 5000 or 1Gi, not {kind(value)}")
+            return default
+        try:
+            number = min(value, quantities.INT64_MAX) if isinstance(value, int) else quantities.quantity(str(value))
+        except ValueError as error:
+            self.fault(path, str(error))
+            return default
+        if number < 0:
+            self.fault(path, "can't be negative")
             return default
         return number
 

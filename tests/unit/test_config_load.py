@@ -1,51 +1,11 @@
 """EndpointPickerConfig text in, configuration or every fault out."""
 
-from collections.abc import Collection, Mapping
-from typing import Any
-
 import pytest
 
 from epp.config.load import FEATURE_GATES, default_config, load, resolve_defaults
 from epp.config.schema import EndpointPickerConfig, PluginSpec, ProfilePlugin, SchedulingProfile
-from epp.errors import ConfigError, Problem
-
-ROLES: dict[str, set[str]] = {
-    "queue-scorer": {"scorer"},
-    "kv-cache-utilization-scorer": {"scorer"},
-    "prefix-cache-scorer": {"scorer"},
-    "label-filter": {"filter"},
-    "max-score-picker": {"picker"},
-    "random-picker": {"picker"},
-    "approx-prefix-cache-producer": {"producer"},
-    "single-profile-handler": {"profile-handler"},
-    "other-profile-handler": {"profile-handler"},
-}
-
-
-class Shelf:
-    """A catalogue of types whose only parameter is `size`."""
-
-    def types(self) -> Collection[str]:
-        return ROLES
-
-    def problems(self, type: str, parameters: Mapping[str, Any], path: str) -> list[Problem]:  # noqa: A002
-        return [Problem(f"{path}.parameters.{name}", "unknown parameter") for name in parameters if name != "size"]
-
-    def role(self, type: str) -> set[str]:  # noqa: A002
-        return ROLES.get(type, set())
-
-
-HEAD = "apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\n"
-
-
-def loaded(text: str) -> EndpointPickerConfig:
-    return load(text, source="test", catalogue=Shelf())
-
-
-def faults(text: str) -> list[str]:
-    with pytest.raises(ConfigError) as raised:
-        loaded(text)
-    return [str(problem) for problem in raised.value.problems]
+from epp.errors import ConfigError
+from tests.shelf import HEAD, Shelf, faults, loaded
 
 
 def test_a_whole_configuration() -> None:
@@ -79,6 +39,7 @@ def test_json_and_the_deprecated_version_are_accepted() -> None:
     config = loaded('{"apiVersion": "inference.networking.x-k8s.io/v1alpha1", "kind": "EndpointPickerConfig", "plugins": null}')
     assert config.api_version == "inference.networking.x-k8s.io/v1alpha1"
     assert config.plugins == ()
+    assert config.warnings == ("apiVersion: inference.networking.x-k8s.io/v1alpha1 is deprecated; write llm-d.ai/v1alpha1",)
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "# nothing yet\n", "---\n"])
@@ -105,10 +66,10 @@ def test_every_fault_is_reported_at_once() -> None:
 apiVersion: v2
 kind: Config
 color: red
-featureGates: [flowControl=maybe, warp, flowControl, 3]
-dataLayer: {sources: []}
-flowControl: {}
-parser: {pluginRef: openai-parser}
+featureGates: [flowControl=maybe, warp, flowControl, 3, =true]
+dataLayer: {sources: {}}
+flowControl: {maxBytes: []}
+requestHandler: []
 plugins:
 - name: a
 - {type: queue-scorer, parametres: {}}
@@ -117,6 +78,7 @@ plugins:
 - 7
 - {type: random-picker, parameters: [1]}
 - {type: max-score-picker}
+- {type: new-filter}
 schedulingProfiles:
 - plugins:
   - {pluginRef: quue-scorer, weight: -1}
@@ -131,8 +93,10 @@ schedulingProfiles:
         "color: unknown field; known: apiVersion, dataLayer, featureGates, flowControl, kind, parser, plugins, requestHandler, saturationDetector, schedulingProfiles",
         "apiVersion: 'v2' is not llm-d.ai/v1alpha1 or inference.networking.x-k8s.io/v1alpha1",
         "kind: 'Config' is not EndpointPickerConfig",
-        "dataLayer: not supported by this version yet",
-        "parser: not supported by this version yet",
+        "featureGates[0]: flowControl must be true or false, not 'maybe'",
+        "featureGates[1]: unknown feature gate 'warp'; known: flowControl, haPopulateNonLeaderDatastore",
+        "featureGates[3]: must be a string, not a number; put it in quotes",
+        "featureGates[4]: names no gate",
         "plugins[0].type: is missing",
         "plugins[1].parametres: unknown field; did you mean parameters?",
         "plugins[2]: the name 'queue-scorer' is taken by plugins[1]; give each instance a name of its own",
@@ -140,10 +104,7 @@ schedulingProfiles:
         "plugins[3].type: unknown plugin type 'queu-scorer'; did you mean queue-scorer?",
         "plugins[4]: must be a mapping, not a number",
         "plugins[5].parameters: must be a mapping, not a list",
-        "featureGates[0]: flowControl must be true or false, not 'maybe'",
-        "featureGates[1]: unknown feature gate 'warp'; known: flowControl, haPopulateNonLeaderDatastore",
-        "featureGates[2]: flow control is not supported by this version yet",
-        "featureGates[3]: must be a string, not a number; put it in quotes",
+        "plugins[7].type: new-filter is experimental; start with --allow-experimental-plugins to use it",
         "schedulingProfiles[0].name: is missing",
         "schedulingProfiles[0].plugins[0].pluginRef: no plugin is named 'quue-scorer'; did you mean queue-scorer?",
         "schedulingProfiles[0].plugins[0].weight: must be a finite number, 0 or more, not -1",
@@ -154,7 +115,10 @@ schedulingProfiles:
         "schedulingProfiles[1].plugins[1].pluginRef: a profile has one picker; random-picker is already this one's",
         "schedulingProfiles[2].name: the name 'x' is taken by schedulingProfiles[1]",
         "schedulingProfiles[2].plugins: must be a list, not a mapping",
-        "schedulingProfiles: 3 profiles; this version has single-profile-handler only, which takes one",
+        "schedulingProfiles: 3 profiles need a profile handler that chooses between them, and none is configured",
+        "dataLayer.sources: must be a list, not a mapping",
+        "requestHandler: must be a mapping, not a list",
+        "flowControl.maxBytes: must be a quantity such as 5000 or 1Gi, not a list",
     ]
 
 
@@ -168,7 +132,7 @@ def test_a_document_that_is_no_mapping() -> None:
 
 
 def test_two_profile_handlers() -> None:
-    found = faults(HEAD + "plugins: [{type: single-profile-handler}, {type: other-profile-handler}]")
+    found = faults(HEAD + "plugins: [{type: single-profile-handler}, {type: disagg-profile-handler}]")
     assert found == ["plugins[1]: only one profile handler can be configured; the first is plugins[0]"]
 
 
@@ -212,14 +176,14 @@ def test_no_profiles_makes_one_of_all_that_can_be_scheduled() -> None:
 def test_a_profile_without_picker_takes_the_one_there_is() -> None:
     config = loaded(HEAD + "plugins: [{type: queue-scorer}, {name: r, type: random-picker}]\nschedulingProfiles: [{name: d}]")
     complete = resolve_defaults(config, Shelf())
-    assert complete.plugins == config.plugins
+    assert complete.plugin("max-score-picker") is None
     assert [p.plugin_ref for p in complete.scheduling_profiles[0].plugins] == ["r"]
 
 
 def test_the_default_picker_may_be_named_without_being_declared() -> None:
     config = loaded(HEAD + "schedulingProfiles: [{name: d, plugins: [{pluginRef: max-score-picker, weight: 9}]}]")
     complete = resolve_defaults(config, Shelf())
-    assert complete.plugins == (PluginSpec(name="max-score-picker", type="max-score-picker"),)
+    assert complete.plugin("max-score-picker") == PluginSpec(name="max-score-picker", type="max-score-picker")
     assert [p.plugin_ref for p in complete.scheduling_profiles[0].plugins] == ["max-score-picker"]
 
 
@@ -234,3 +198,56 @@ def test_what_can_not_be_scheduled_is_left_out_of_profiles() -> None:
 def test_resolving_twice_changes_nothing() -> None:
     once = resolve_defaults(default_config(), Shelf())
     assert resolve_defaults(once, Shelf()) == once
+
+
+ONE_OF_TWO = "schedulingProfiles: [{name: a}, {name: b}]\n"
+
+
+def test_several_profiles_need_a_handler_that_takes_them() -> None:
+    assert len(loaded(HEAD + "plugins: [{type: disagg-profile-handler}]\n" + ONE_OF_TWO).scheduling_profiles) == 2
+    assert faults(HEAD + ONE_OF_TWO) == [
+        "schedulingProfiles: 2 profiles need a profile handler that chooses between them, and none is configured"
+    ]
+    assert faults(HEAD + "plugins: [{name: one, type: single-profile-handler}]\n" + ONE_OF_TWO) == [
+        "schedulingProfiles: 2 profiles, but one (single-profile-handler) takes one"
+    ]
+
+
+def test_alpha_plugins_have_to_be_allowed() -> None:
+    text = HEAD + "plugins: [{type: new-filter}]"
+    assert faults(text) == ["plugins[0].type: new-filter is experimental; start with --allow-experimental-plugins to use it"]
+    assert loaded(text, allow_experimental=True).plugins == (PluginSpec(name="new-filter", type="new-filter"),)
+
+
+def test_a_deprecated_plugin_is_a_warning() -> None:
+    assert loaded(HEAD + "plugins: [{type: queue-scorer}, {name: x, type: by-label}]").warnings == (
+        "plugins[1].type: by-label is deprecated; write label-filter",
+    )
+
+
+def test_gates_of_earlier_versions_are_warnings() -> None:
+    config = loaded(HEAD + "featureGates: [dataLayer, enableLegacyMetrics=false]")
+    assert config.feature_gates == FEATURE_GATES
+    assert [warning.split(" and ")[0] for warning in config.warnings] == [
+        "featureGates[0]: dataLayer is deprecated",
+        "featureGates[1]: enableLegacyMetrics is deprecated",
+    ]
+
+
+def test_flow_control_is_said_not_to_run() -> None:
+    config = loaded(HEAD + "featureGates: [flowControl]")
+    assert config.feature_gates["flowControl"] is True
+    assert config.warnings == ("featureGates: flow control is accepted but not run by this version",)
+    assert loaded(HEAD + "featureGates: [flowControl, flowControl=false]").warnings == ()
+
+
+def test_the_name_of_a_default_is_not_for_another_kind_of_plugin() -> None:
+    assert faults(HEAD + "plugins: [{name: max-score-picker, type: queue-scorer}]") == [
+        "plugins[0].name: 'max-score-picker' is the name of the default picker; give this plugin another"
+    ]
+    config = loaded(HEAD + "plugins: [{name: max-score-picker, type: random-picker}]")
+    assert resolve_defaults(config, Shelf()).plugin("max-score-picker") == PluginSpec(name="max-score-picker", type="random-picker")
+
+
+def test_a_class_as_type_is_left_to_the_catalogue() -> None:
+    assert loaded(HEAD + "plugins: [{name: mine, type: 'my_module:MyScorer'}]").plugins[0].type == "my_module:MyScorer"
