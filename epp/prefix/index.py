@@ -45,6 +45,8 @@ class PrefixIndex:
         self._capacity_blocks = capacity_blocks
         self._masks: dict[int, int] = {}
         self._held: dict[int, _Held] = {}
+        self._blind = 0
+        """Slots whose engines were started anew: what they held does not count, until it is dropped."""
         self._retired: list[tuple[int, _Held, Callable[[int], None] | None]] = []
         self.rotations_total = 0
 
@@ -66,6 +68,7 @@ class PrefixIndex:
         if not hashes:
             return {}
         masks = self._masks.get
+        mask &= ~self._blind
         current = masks(hashes[0], 0) & mask
         found: dict[int, int] = {}
         depth, count = 1, len(hashes)  # every slot in `current` has at least `depth` blocks
@@ -131,12 +134,23 @@ class PrefixIndex:
             held = self._held[slot] = _Held(self._capacity_blocks)
         held.capacity_tokens = tokens
 
+    def reset(self, slot: int) -> None:
+        """The engine was started anew: it has nothing of what it held. What it is sent from now on counts once that is dropped."""
+        held = self._held.get(slot)
+        if held is None:
+            return
+        held.dropping = {**held.dropping, **held.old, **held.young}  # newest last: it goes first
+        held.old, held.young, held.young_tokens = {}, {}, 0
+        if held.dropping:
+            self._blind |= 1 << slot
+
     def forget(self, slot: int, then: Callable[[int], None] | None = None) -> None:
         """The endpoint is gone. Its blocks go slice by slice; `then(slot)` runs when the last one has.
 
         Until then the slot must be neither recorded nor given to another endpoint.
         """
         held = self._held.pop(slot, None)
+        self._blind &= ~(1 << slot)
         if held is None:
             if then:
                 then(slot)
@@ -190,6 +204,8 @@ class PrefixIndex:
                     del masks[block]
                 else:
                     masks[block] = mask & ~bit
+        if not generation:
+            self._blind &= ~bit
         return count
 
     def _clear(self, slot: int, generation: dict[int, None], budget: int) -> int:

@@ -11,7 +11,8 @@ import pytest
 from epp.config.load import default_config, load, resolve_defaults
 from epp.errors import ConfigError
 from epp.plugins.base import Plugin, PointwiseScorer, RangeScorer
-from epp.plugins.registry import BUILT_IN, Registry, SingleProfileHandler, UnknownPluginError
+from epp.plugins.profile_handlers.single import SingleProfileHandler
+from epp.plugins.registry import BUILT_IN, Registry, UnknownPluginError, built_in
 from epp.plugins.scorers.queue import QueueScorer
 from epp.types import Endpoint, LLMRequest
 
@@ -43,10 +44,11 @@ def faults(parameters: dict[str, object]) -> list[str]:
 
 def test_the_built_in_types() -> None:
     registry = Registry(entry_point_group="none")
-    assert set(registry.types()) == {
-        "queue-scorer", "kv-cache-utilization-scorer", "running-requests-size-scorer", "prefix-cache-scorer", "max-score-picker",
-        "approx-prefix-cache-producer", "single-profile-handler",
-    }  # fmt: skip
+    assert set(registry.types()) == set(BUILT_IN)
+    for type_ in BUILT_IN:
+        cls = registry.load(type_)
+        assert type_ in (cls.type, *cls.aliases), "the table's name is the class's own"
+        assert registry.role(type_)
     assert registry.role("queue-scorer") == {"scorer"}
     assert registry.role("max-score-picker") == {"picker"}
     assert registry.role("approx-prefix-cache-producer") == {"producer"}
@@ -54,13 +56,23 @@ def test_the_built_in_types() -> None:
     assert registry.role("nothing") == set()
 
 
-@pytest.mark.parametrize("cls", BUILT_IN)
-def test_every_built_in_type_is_built_without_parameters(cls: type[Plugin]) -> None:
+@pytest.mark.parametrize("cls", built_in())
+def test_every_built_in_type_is_built_without_parameters_or_says_which_it_needs(cls: type[Plugin]) -> None:
     registry = Registry()
-    assert registry.problems(cls.type, {}, "plugins[0]") == []
+    problems = registry.problems(cls.type, {}, "plugins[0]")
+    if problems:
+        assert all(problem.path.startswith("plugins[0].parameters") for problem in problems)
+        return
     plugin = registry.build(cls.type, {}, "mine")
     assert type(plugin) is cls
     assert plugin.name == "mine"
+
+
+def test_a_deprecated_name_says_what_to_write_instead() -> None:
+    registry = Registry()
+    assert registry.deprecated("by-label-selector") == "label-selector-filter"
+    assert registry.deprecated("queue-scorer") == ""
+    assert registry.deprecated("nothing") == ""
 
 
 def test_the_default_configuration_is_right() -> None:

@@ -7,12 +7,10 @@ from typing import Annotated, ClassVar, Literal
 import msgspec
 
 from epp.plugins.base import Plugin
-from epp.prefix import hashing
+from epp.prefix.approximate import ApproximatePrefixes
+from epp.prefix.hashing import BLOCK_TOKENS_MIN
 from epp.prefix.index import PrefixIndex
-from epp.types import Endpoint, LLMRequest, PrefixMatch
-
-UNLIMITED_TOKENS = 1 << 24
-"""Stands for 'no limit' when both limits are 0: more than any context window."""
+from epp.types import Decision, Endpoint, LLMRequest, Snapshot
 
 
 class ApproxPrefixCacheProducer(Plugin):
@@ -24,6 +22,8 @@ class ApproxPrefixCacheProducer(Plugin):
     """
 
     type: ClassVar[str] = "approx-prefix-cache-producer"
+    produces: ClassVar[tuple[str, ...]] = ("prefix-match",)
+    uses: ClassVar[tuple[str, ...]] = ("tokens",)
 
     auto_tune: bool = True
     block_size_tokens: Annotated[int, msgspec.Meta(ge=0)] = 16
@@ -33,35 +33,25 @@ class ApproxPrefixCacheProducer(Plugin):
     lru_capacity_per_server: Annotated[int, msgspec.Meta(ge=2)] = 31_250
 
     def __post_init__(self) -> None:
-        block_tokens = max(self.block_size_tokens, hashing.BLOCK_TOKENS_MIN)
-        tokens_max = self.max_prefix_tokens_to_match or self.max_prefix_blocks_to_match * block_tokens or UNLIMITED_TOKENS
-        self.__dict__.update(
-            index=PrefixIndex(self.lru_capacity_per_server),
-            _layout=hashing.blocks(block_tokens, tokens_max, tokens_max // block_tokens, geometric=self.block_growth == "geometric"),
+        block_tokens = max(self.block_size_tokens, BLOCK_TOKENS_MIN)
+        self.__dict__["_prefixes"] = ApproximatePrefixes(
+            block_tokens=block_tokens,
+            tokens_max=self.max_prefix_tokens_to_match or self.max_prefix_blocks_to_match * block_tokens,
+            geometric=self.block_growth == "geometric",
+            capacity_blocks=self.lru_capacity_per_server,
+            auto_tune=self.auto_tune,
         )
 
     @property
     def index(self) -> PrefixIndex:
-        index: PrefixIndex = self.__dict__["index"]
-        return index
+        prefixes: ApproximatePrefixes = self.__dict__["_prefixes"]
+        return prefixes.index
 
-    def produce(self, request: LLMRequest, mask: int) -> None:
-        state = self.__dict__
-        layout: hashing.Blocks = state["_layout"]
-        tokens = request.prompt_tokens
-        if not tokens:
-            return
-        hashes = hashing.chain(request.prompt, layout, hashing.seed(request.target_model, request.cache_salt))
-        cumulative = layout.cumulative
-        found = state["index"].lookup(hashes, mask)
-        request.prefix = PrefixMatch(hashes, cumulative, tokens, {slot: cumulative[blocks - 1] for slot, blocks in found.items()})
+    def produce(self, request: LLMRequest, candidates: Snapshot) -> None:
+        self.__dict__["_prefixes"].match(self.name, request, candidates)
 
-    def picked(self, request: LLMRequest, endpoint: Endpoint) -> None:
-        match = request.prefix
-        if match is None:
-            return
-        state = self.__dict__
-        index: PrefixIndex = state["index"]
-        if self.auto_tune:
-            index.set_capacity_tokens(endpoint.slot, endpoint.kv_capacity_tokens)
-        index.record(endpoint.slot, match.hashes, match.sizes)
+    def picked(self, request: LLMRequest, decision: Decision) -> None:
+        self.__dict__["_prefixes"].picked(self.name, request, decision)
+
+    def served(self, request: LLMRequest, endpoint: Endpoint) -> None:
+        self.__dict__["_prefixes"].served(self.name, request, endpoint)

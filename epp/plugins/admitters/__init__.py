@@ -1,0 +1,1 @@
+"""Admitters: whether a request is served now."""

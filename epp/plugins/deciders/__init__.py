@@ -1,0 +1,1 @@
+"""Deciders: whether a request's stages are worth splitting over endpoints."""

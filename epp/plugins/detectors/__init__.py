@@ -1,0 +1,1 @@
+"""Detectors: how full the pool is."""

@@ -1,0 +1,1 @@
+"""Flow-control policies, by name."""

@@ -1,0 +1,1 @@
+"""Reporters: what a response adds to headers and metadata."""

@@ -1,0 +1,58 @@
+"""What each endpoint should have cached, learned from what was sent to it: cut, hash, look up, record.
+
+The machinery of the prefix producers, which differ in their parameters alone. Not here: the index itself (index), how prompts are cut
+(hashing). Cost per request: 0.17 µs a block to hash, 1-3 µs to look up, 0.25 µs for every block recorded anew.
+"""
+
+from __future__ import annotations
+
+from epp.prefix import hashing
+from epp.prefix.index import PrefixIndex
+from epp.types import Decision, Endpoint, LLMRequest, PrefixMatch, Snapshot
+
+UNLIMITED_TOKENS = 1 << 24
+"""Stands for 'no limit': more than any context window."""
+
+
+class ApproximatePrefixes:
+    """One index and how prompts are cut for it."""
+
+    __slots__ = ("_auto_tune", "_layout", "index")
+
+    def __init__(self, *, block_tokens: int, tokens_max: int, geometric: bool, capacity_blocks: int, auto_tune: bool) -> None:
+        """`tokens_max`: of a prompt, no more than so many are hashed; 0: no limit. `auto_tune`: an engine's own KV cache bounds it too."""
+        block_tokens = max(block_tokens, hashing.BLOCK_TOKENS_MIN)
+        tokens_max = tokens_max or UNLIMITED_TOKENS
+        self.index = PrefixIndex(capacity_blocks)
+        self._layout = hashing.blocks(block_tokens, tokens_max, tokens_max // block_tokens, geometric=geometric)
+        self._auto_tune = auto_tune
+
+    def match(self, name: str, request: LLMRequest, candidates: Snapshot) -> None:
+        """Put what the candidates have of the prompt on the request, as `name`'s; for scorers that name no producer, the first one's."""
+        tokens = request.prompt_tokens
+        if not tokens:
+            return
+        layout = self._layout
+        cumulative = layout.cumulative
+        hashes = hashing.chain(request.prompt, layout, hashing.seed(request.target_model, request.cache_salt))
+        found = self.index.lookup(hashes, candidates.mask)
+        match = PrefixMatch(hashes, cumulative, tokens, {slot: cumulative[blocks - 1] for slot, blocks in found.items()})
+        request.attributes[name] = match
+        if request.prefix is None:
+            request.prefix = match
+
+    def picked(self, name: str, request: LLMRequest, decision: Decision) -> None:
+        """Whoever decodes the prompt will hold it, and whoever prefills it."""
+        self.served(name, request, decision.endpoint)
+        prefill = decision.targets.get("prefill")
+        if prefill is not None:
+            self.served(name, request, prefill)
+
+    def served(self, name: str, request: LLMRequest, endpoint: Endpoint) -> None:
+        """The endpoint was sent the prompt."""
+        match = request.attributes.get(name)
+        if match is None:
+            return
+        if self._auto_tune:
+            self.index.set_capacity_tokens(endpoint.slot, endpoint.kv_capacity_tokens)
+        self.index.record(endpoint.slot, match.hashes, match.sizes)
