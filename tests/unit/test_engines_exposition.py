@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
-from epp.engines.exposition import find_all, labels_of
+from epp.engines.exposition import INDENT_MAX, LABELS_KEPT_MAX, SERIES_MAX, find_all, labels_of, values
 
 DATA = Path(__file__).parent.parent / "data"
 BUSY = (DATA / "vllm-0.32-metrics-busy.txt").read_bytes()
@@ -23,6 +23,13 @@ BUSY = (DATA / "vllm-0.32-metrics-busy.txt").read_bytes()
         (b"up 1\n", [(b"", 1.0)]),
         (b"up\t1\r\n", [(b"", 1.0)]),
         (b'up{a="1"} 2.5 1700000000000\n', [(b'a="1"', 2.5)]),
+        (b"up 1.795e+09\nup 5E-1\nup .5\nup +3\n", [(b"", 1.795e9), (b"", 0.5), (b"", 0.5), (b"", 3.0)]),
+        (b'up{a="1"} 2.0 # {trace_id="x"} 1.0 1795227302.5\n# EOF\n', [(b'a="1"', 2.0)]),
+        (b"# TYPE up counter\nup_total 1\nup_created 2\nup 3\n", [(b"", 3.0)]),
+        (b'up{a="1"} 1\r\nup{a="2"} 2\r\n', [(b'a="1"', 1.0), (b'a="2"', 2.0)]),
+        (b"x 1\n \t up 1\n", [(b"", 1.0)]),
+        (b"x up 1\n", []),
+        (b" up 1\n x up 2\n", [(b"", 1.0)]),
         (b'  up {a="1"}  -3 \n', [(b'a="1"', -3.0)]),
         (b"up{} 4\n", [(b"", 4.0)]),
         (b'up{a="}",b="\\"} 9"} 5\n', [(b'a="}",b="\\"} 9"', 5.0)]),
@@ -58,6 +65,27 @@ def test_a_recording() -> None:
     ((labels, value),) = find_all(BUSY, b"vllm:cache_config_info")
     assert value == 1.0
     assert (labels_of(labels)["block_size"], labels_of(labels)["num_gpu_blocks"], len(labels_of(labels))) == ("32", "96", 37)
+
+
+def test_a_family_ends_where_the_next_begins() -> None:
+    assert find_all(b"# TYPE up gauge\nup 1\nup 2\n# TYPE other gauge\nother 1\nup 3\n", b"up") == [(b"", 1.0), (b"", 2.0)]
+    assert find_all(b"up 1\nother 1\nup 3\n", b"up") == [(b"", 1.0), (b"", 3.0)]  # nothing tells where
+
+
+def test_a_family_of_too_many_series() -> None:
+    text = b"up 1\n" * (SERIES_MAX + 5)
+    assert len(find_all(text, b"up")) == SERIES_MAX
+
+
+def test_an_indent_no_exporter_writes() -> None:
+    assert find_all(b"x 1\n" + b" " * (INDENT_MAX - 1) + b"up 1\n", b"up") == [(b"", 1.0)]
+    assert find_all(b"x 1\n" + b" " * INDENT_MAX + b"up 1\n", b"up") == []
+    assert find_all(b" " * (INDENT_MAX - 1) + b"up 1\n", b"up") == [(b"", 1.0)]
+    assert find_all(b" " * INDENT_MAX + b"up 1\n", b"up") == []
+
+
+def test_values_that_can_be_a_load() -> None:
+    assert values(b"up 1\nup NaN\nup -1\nup +Inf\nup 1e15\nup 1.1e15\nup 0\nup -0\n", b"up") == [1.0, 1e15, 0.0, 0.0]
 
 
 def test_labels_are_unescaped() -> None:
@@ -111,6 +139,15 @@ def test_any_bytes_are_survived(pieces: list[bytes]) -> None:
         labels_of(labels)
 
 
+def test_long_label_sets_are_parsed_but_not_kept() -> None:
+    long = b'a="' + b"x" * LABELS_KEPT_MAX + b'"'
+    assert labels_of(long) == {"a": "x" * LABELS_KEPT_MAX}
+    assert labels_of(long) is not labels_of(long)
+    assert labels_of(b'a="x"') is labels_of(b'a="x"')
+
+
 def test_hostile_labels_take_linear_time() -> None:
+    assert labels_of(b"a" * 1_000_000) == {}
+    assert labels_of(b'a="1' * 200_000) == {"a": "1a="}
     assert find_all(b"up{" + b'a="' * 200_000 + b"\n", b"up") == []
     assert find_all(b"up{" + b"a" * 1_000_000, b"up") == []
