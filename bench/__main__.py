@@ -13,7 +13,11 @@ from collections.abc import Sequence
 from bench import BenchError
 
 COMMANDS = {
+    "decide": "time of one decision, by endpoints and prompt tokens, in this process",
     "overhead": "CPU of one request through `epp serve`, beside a bare gRPC echo server in the same run",
+    "scrape": "CPU of reading the engines' metrics, and the age of readings, by endpoints",
+    "replay": "what policies do to latency, in virtual time: the product's own scheduling against the field's",
+    "compare": "two files of replay, side by side",
     "echo": "the baseline by itself: an ext_proc server on grpc.aio that echoes and picks nothing",
     "metrics-stub": "model servers that only serve /metrics, for the picker to scrape",
 }

@@ -12,24 +12,23 @@ import gc
 import logging
 import random
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Self
-
-import msgspec
-from aiohttp import web
 
 from epp import __version__
 from epp.aio import forever
 from epp.clock import MonotonicClock
-from epp.config.load import load
 from epp.config.options import MEBIBYTE, ServeOptions
-from epp.config.schema import EndpointPickerConfig, PluginSpec
+from epp.console.server import HttpServer
 from epp.datastore import Datastore
+from epp.decisions import Decisions
 from epp.director import Director
+from epp.engines.family import EngineFamily
 from epp.engines.fetch import HttpFetcher
+from epp.engines.models import ModelsPoller
 from epp.engines.scraper import Scraper
-from epp.engines.vllm import Vllm
+from epp.engines.settings import Families, fetch_options
 from epp.errors import ConfigError, Problem, StartError
 from epp.extproc import tls
 from epp.extproc.grpc_aio import GrpcServer
@@ -39,10 +38,16 @@ from epp.extproc.limits import Limits
 from epp.extproc.server import H2Server, listen_problem
 from epp.extproc.session import Session
 from epp.observe.metrics import Metrics
+from epp.outliers import Outliers
+from epp.plugins.base import Plugin
 from epp.plugins.registry import Registry
-from epp.scheduling.build import Built, build
+from epp.policy import Policy
+from epp.resources import Resources
+from epp.sources.config_file import ConfigFile
 from epp.sources.files import FileSource
+from epp.sources.resources import ResourcesFile
 from epp.sources.static import parse_endpoints
+from epp.sources.watched_file import WatchedFile
 from epp.types import Endpoint
 
 _log = logging.getLogger("epp.app")
@@ -51,8 +56,12 @@ GRACE_S = 10.0
 """For streams in flight once the listener is closed."""
 FIRST_ROUND_S = 1.5
 """Start-up waits at most this long for a first reading of every endpoint."""
-INDEX_TICK_S = 0.1
-"""Between slices of forgetting; prompts pay for most of it as they are recorded."""
+TICK_S = 0.1
+"""Between slices of forgetting (prompts pay for most of it as they are recorded) and looks at ejected endpoints."""
+
+
+_SOURCE_TYPES = {"endpoints": "file-discovery"}
+"""As the reference picker's metrics call them."""
 
 
 class Picker:
@@ -62,33 +71,62 @@ class Picker:
         """`fallbacks`: further endpoints to name after the best one, for a gateway known to take a list."""
         self.options = options
         clock, rng = MonotonicClock(), random.Random()  # noqa: S311 - breaking ties is no secret
-        registry = Registry()
-        self.built = build(_config(options, registry, fallbacks), registry, rng)
         self.health = Health()
         self.datastore = Datastore(clock)
-        self._source: FileSource | None = None
-        if options.endpoints_file:
-            if options.endpoints:
-                raise ConfigError("command line", [Problem("--endpoint", "can't be used together with --endpoints-file")])
-            self._source = FileSource(Path(options.endpoints_file), self.datastore)
-            self._source.load()
-        elif options.endpoints:
-            self.datastore.apply(parse_endpoints(options.endpoints))
-        else:
-            raise ConfigError("command line", [Problem("--endpoint", "at least one, or --endpoints-file, is needed")])
-        self._forget_removed(self.built)
-        self._fetcher = HttpFetcher()
-        self.scraper = Scraper(
-            self.datastore, Vllm(), self._fetcher, clock=clock, rng=rng, interval_min_s=options.refresh_metrics_interval_s
+        self.outliers = Outliers(self.datastore, clock)
+        self.resources = Resources(rng, pool_name=options.pool_name, pool_group=options.pool_group if options.pool_name else "")
+        self.policy = Policy(
+            self.datastore,
+            Registry(),
+            clock,
+            rng,
+            unknown_paths_ok=options.unknown_paths == "route",
+            allow_experimental=options.allow_experimental_plugins,
+            fallbacks=fallbacks,
+            changed=self._policy_changed,
         )
         self.metrics = Metrics(
-            clock=clock,
-            pool=self.datastore,
-            indexes={(producer.name, producer.type): producer.index for producer in self.built.prefix_producers},
-            polls={"metrics-data-source": self.scraper} | ({"file-discovery": self._source} if self._source else {}),
-            staleness_s=options.metrics_staleness_threshold_s,
-            build_ref=__version__,
-            process=True,
+            clock=clock, pool=self.datastore, staleness_s=options.metrics_staleness_threshold_s, build_ref=__version__, process=True
+        )
+        self.metrics.outliers = self.outliers
+        self.metrics.models.always = lambda: self.resources.names_rewritten
+        self.director: Director | None = None
+        self._files: list[WatchedFile] = []
+        self._read_files(options)
+        plugins = self.policy.built.plugins
+        try:
+            self._fetching, self._families = fetch_options(plugins), Families(plugins)
+            self._fetcher = HttpFetcher(self._fetching, limit_hit=self._limit_hit)
+            self.scraper = Scraper(
+                self.datastore,
+                self._fetcher,
+                families=self._family,
+                paths=self._metrics_paths,
+                options=self._fetching,
+                clock=clock,
+                rng=rng,
+                on_restart=self.policy.restarted,
+                interval_min_s=options.refresh_metrics_interval_s,
+            )
+        except ValueError as error:
+            raise ConfigError("configuration", [Problem("plugins", str(error))]) from None
+        self.models = ModelsPoller(self.datastore, self._fetcher, rng=rng)
+        self.metrics.polls = {"metrics-data-source": self.scraper} | {_SOURCE_TYPES.get(each.what, each.what): each for each in self._files}
+        decisions = Decisions(clock, options.debug_decisions) if options.debug_decisions else None
+        self.director = Director(
+            self.datastore,
+            self.policy.built.scheduler,
+            self.policy.routes,
+            self.metrics,
+            clock,
+            resources=self.resources,
+            outliers=self.outliers,
+            subset_filter=not options.disable_endpoint_subset_filter,
+            test_headers=options.enable_test_headers,
+            decisions=decisions,
+            emit_scores=options.emit_endpoint_scores,
+            models=self.models.view if options.check_models else None,
+            model_missed=self.models.hurry,
         )
         self.session_limits = Limits(
             options.max_body_bytes,
@@ -97,15 +135,6 @@ class Picker:
             header_count_max=options.max_header_count,
             decision_s=options.decision_timeout_s,
         )
-        self.director = Director(
-            self.datastore,
-            self.built.scheduler,
-            self.metrics,
-            clock,
-            unknown_paths_ok=options.unknown_paths == "route",
-            subset_filter=not options.disable_endpoint_subset_filter,
-            test_headers=options.enable_test_headers,
-        )
         limits = H2Limits(
             message_bytes_max=options.max_body_bytes + MEBIBYTE,
             streams_max=options.max_streams,
@@ -113,8 +142,10 @@ class Picker:
             keepalive_s=options.keepalive_s,
         )
 
+        director = self.director
+
         def new_session() -> Session:
-            return Session(self.director, self.session_limits, clock)
+            return Session(director, self.session_limits, clock)
 
         if options.client_ca_file and not options.secure_serving:
             raise ConfigError("command line", [Problem("--client-ca-file", "needs TLS: leave --secure-serving on")])
@@ -143,7 +174,61 @@ class Picker:
         if pair is not None and options.cert_path and options.enable_cert_reload:
             self._reloader = tls.Reloader(options.cert_path, pair, self.ext_proc.present)
         self.health_server = H2Server(health=self.health, session_limits=self.session_limits, limits=limits, clock=clock)
-        self.metrics_server = _MetricsServer(self.metrics)
+        self.http = HttpServer(
+            self.metrics,
+            self.director,
+            decisions,
+            self._plugins,
+            datastore=self.datastore,
+            debug=options.enable_debug_endpoints,
+            admin_token=self._admin_token,
+            listen_problem=listen_problem,
+        )
+
+    def _read_files(self, options: ServeOptions) -> None:
+        """Everything that comes from a file, for the first time. Raises ConfigError."""
+        if options.config_file and options.config_text:
+            raise ConfigError("command line", [Problem("--config-file", "can't be used together with --config-text")])
+        if options.config_file:
+            config = ConfigFile(Path(options.config_file), self.policy.apply, self.metrics.config_reloads)
+            config.load()
+            if options.config_reload:
+                self._files.append(config)
+        else:
+            self.policy.apply(options.config_text, "--config-text")
+        endpoints_file = options.endpoints_file or self.policy.built.discovery_path
+        if endpoints_file:
+            if options.endpoints:
+                raise ConfigError("command line", [Problem("--endpoint", "can't be used together with --endpoints-file or file-discovery")])
+            self._files.append(FileSource(Path(endpoints_file), self.datastore))
+            self._files[-1].load()
+        elif options.endpoints:
+            self.datastore.apply(parse_endpoints(options.endpoints))
+        elif options.pool_name or options.endpoint_selector:
+            flag = "--pool-name" if options.pool_name else "--endpoint-selector"
+            message = "watching Kubernetes is not supported by this version yet; name the endpoints with --endpoint or --endpoints-file"
+            raise ConfigError("command line", [Problem(flag, message)])
+        else:
+            raise ConfigError("command line", [Problem("--endpoint", "at least one, or --endpoints-file, is needed")])
+        if options.resources_file:
+            self._files.append(ResourcesFile(Path(options.resources_file), self.resources))
+            self._files[-1].load()
+
+    def _policy_changed(self) -> None:
+        built = self.policy.built
+        self.metrics.indexes = built.indexes
+        self.metrics.stage_decisions = built.stage_decisions
+        if self.director is None:
+            return
+        self.director.use(built.scheduler, self.policy.routes)
+        try:
+            self._families = Families(built.plugins)
+            changed = fetch_options(built.plugins) != self._fetching
+        except ValueError as error:
+            _log.warning("the new data layer can't be used; the old one stays", extra={"fields": {"reason": str(error)}})
+            return
+        if changed:
+            _log.warning("where and how engines' metrics are read changes with the next start only")
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
@@ -153,16 +238,17 @@ class Picker:
         failure: StartError | None = None
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._fetcher)
-            await self.metrics_server.start(host, options.metrics_port)
-            stack.push_async_callback(self.metrics_server.stop)
+            await self.http.start(host, options.metrics_port)
+            stack.push_async_callback(self.http.stop)
             await self.health_server.start(host, options.grpc_health_port)
             stack.push_async_callback(self.health_server.stop, 0)
             await self.scraper.first_round(FIRST_ROUND_S)
             await self.ext_proc.start(host, options.grpc_port)
             async with asyncio.TaskGroup() as tasks:
-                loops = [self.scraper.run(), self.ext_proc.run(), self.health_server.run(), forever(self._tick, INDEX_TICK_S)]
-                if self._source is not None:
-                    loops.append(self._source.run())
+                loops = [self.scraper.run(), self.ext_proc.run(), self.health_server.run(), forever(self._tick, TICK_S)]
+                loops += [source.run() for source in self._files]
+                if options.check_models:
+                    loops.append(self.models.run())
                 if self._reloader is not None:
                     loops.append(forever(self._reloader.once, tls.RELOAD_S))
                 running = [tasks.create_task(loop) for loop in loops]
@@ -188,29 +274,25 @@ class Picker:
             async with asyncio.timeout(self.options.drain_timeout_s):
                 await hurry.wait()
 
+    def _admin_token(self) -> str:
+        path = self.options.admin_token_file
+        try:
+            return Path(path).read_text(encoding="utf-8").strip() if path else ""
+        except (OSError, UnicodeDecodeError):
+            return ""
+
+    def _family(self, endpoint: Endpoint, text: bytes) -> EngineFamily | None:
+        return self._families.family(endpoint, text)
+
+    def _metrics_paths(self, endpoint: Endpoint) -> Iterable[str]:
+        return self._families.paths(endpoint)
+
+    def _plugins(self) -> Iterable[Plugin]:
+        return self.policy.built.plugins.values()
+
     def _tick(self) -> None:
-        for producer in self.built.prefix_producers:
-            producer.index.tick()
-
-    def _forget_removed(self, built: Built) -> None:
-        """A gone endpoint's slot is free again once every index has forgotten it."""
-        indexes = [producer.index for producer in built.prefix_producers]
-
-        def removed(endpoint: Endpoint) -> None:
-            waiting = len(indexes)
-            if not waiting:
-                self.datastore.free_slot(endpoint.slot)
-
-            def forgotten(slot: int) -> None:
-                nonlocal waiting
-                waiting -= 1
-                if not waiting:
-                    self.datastore.free_slot(slot)
-
-            for index in indexes:
-                index.forget(endpoint.slot, forgotten)
-
-        self.datastore.subscribe(removed=removed)
+        self.policy.tick()
+        self.outliers.tick()
 
     def _limit_hit(self, name: str) -> None:
         self.metrics.limit_hits[name] += 1
@@ -222,39 +304,11 @@ class Picker:
             "tls": self.options.secure_serving,
             "grpc_port": self.ext_proc.port,
             "grpc_health_port": self.health_server.port,
-            "metrics_port": self.metrics_server.port,
+            "metrics_port": self.http.port,
             "endpoints": len(self.datastore.endpoints),
             "healthy": len([e for e in self.datastore.endpoints.values() if e.healthy]),
         }
         _log.info("serving", extra={"fields": fields})
-
-
-class _MetricsServer:
-    """`/metrics` over HTTP."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        app = web.Application()
-        app.router.add_get("/metrics", self._get)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
-        self.port = 0
-
-    async def start(self, host: str | None, port: int) -> None:
-        await self._runner.setup()
-        try:
-            site = web.TCPSite(self._runner, host, port)
-            await site.start()
-        except OSError as error:
-            await self._runner.cleanup()
-            raise StartError(listen_problem(host, port, error)) from None
-        self.port = self._runner.addresses[0][1]
-
-    async def stop(self) -> None:
-        await self._runner.cleanup()
-
-    async def _get(self, request: web.Request) -> web.Response:
-        body, content_type = self._metrics.exposition(request.headers.get("Accept", ""))
-        return web.Response(body=body, headers={"Content-Type": content_type})
 
 
 class Signals:
@@ -304,23 +358,6 @@ def run(main: Callable[[], Coroutine[None, None, int]]) -> int:
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(main())
-
-
-def _config(options: ServeOptions, registry: Registry, fallbacks: int) -> EndpointPickerConfig:
-    if options.config_file and options.config_text:
-        raise ConfigError("command line", [Problem("--config-file", "can't be used together with --config-text")])
-    text, source = options.config_text, "--config-text"
-    if options.config_file:
-        source = options.config_file
-        try:
-            text = Path(source).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(source, [Problem("", f"can't be read: {getattr(error, 'strerror', None) or error}")]) from None
-    config = load(text, source=source, catalogue=registry)
-    if fallbacks and not any("picker" in registry.role(spec.type) for spec in config.plugins):
-        picker = PluginSpec(name="max-score-picker", type="max-score-picker", parameters={"maxNumOfEndpoints": 1 + fallbacks})
-        config = msgspec.structs.replace(config, plugins=(*config.plugins, picker))
-    return config
 
 
 def _collect_rarely() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from epp import __version__
-from epp.config.options import add_picker_arguments, add_serve_arguments, port, serve_options
+from epp.config.options import add_picker_arguments, add_serve_arguments, ignored_flags, port, serve_options
 from epp.demo import add_demo_arguments
 from epp.envoy import add_envoy_arguments
 from epp.errors import ConfigError, StartError
+from epp.explain import DESCRIPTION as EXPLAIN
+from epp.explain import add_explain_arguments
 from epp.observe import logs
+from epp.offline import add_config_arguments
 from epp.sim.options import add_sim_arguments
 
 DESCRIPTION = "Which model server should take this prompt? An Envoy ext_proc endpoint picker for LLM inference."
@@ -48,6 +53,36 @@ def parser() -> argparse.ArgumentParser:
     envoy_config.add_argument("--validate", action="store_true", help="let Envoy check it before it is printed")
     envoy_config.set_defaults(run=_envoy_config)
 
+    explain = commands.add_parser(
+        "explain",
+        help="why would this request go where?",
+        description=EXPLAIN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_explain_arguments(explain)
+    explain.set_defaults(run=_explain)
+
+    check = commands.add_parser(
+        "check", help="is this EndpointPickerConfig right?", description="Check a configuration; every fault is listed with its path."
+    )
+    add_config_arguments(check, optional=False)
+    check.set_defaults(run=_offline("check"))
+
+    config = commands.add_parser("config", help="the effective configuration").add_subparsers(dest="what", required=True, metavar="COMMAND")
+    shown = config.add_parser(
+        "print", help="with every default filled in", description="Print a configuration as it takes effect: defaults filled in."
+    )
+    add_config_arguments(shown, optional=True)
+    shown.set_defaults(run=_offline("print_config"))
+
+    plugins = commands.add_parser("plugins", help="what there is to configure").add_subparsers(
+        dest="what", required=True, metavar="COMMAND"
+    )
+    plugins.add_parser("list", help="every plugin type").set_defaults(run=_offline("list_plugins"))
+    one = plugins.add_parser("show", help="one type: its formula, parameters and defaults")
+    one.add_argument("type", metavar="TYPE", help="a plugin type, or MODULE:CLASS")
+    one.set_defaults(run=_offline("show_plugin"))
+
     sim = commands.add_parser("sim", help="simulated model servers: vLLM's API and metrics, no GPU", description="Serve simulated engines.")
     add_sim_arguments(sim)
     sim.set_defaults(run=_sim)
@@ -76,6 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of our output left: `epp plugins list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     assert isinstance(code, int)
     return code
 
@@ -90,6 +128,8 @@ def _serve(args: argparse.Namespace) -> int:
     from epp.app import run, serve
 
     options = serve_options(args)
+    for warning in ignored_flags(args):
+        logging.getLogger("epp.config").warning(warning)
     return run(lambda: serve(options))
 
 
@@ -105,6 +145,21 @@ def _envoy_config(args: argparse.Namespace) -> int:
     from epp.up import print_envoy_config
 
     return run(lambda: print_envoy_config(args))
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from epp.explain import explain
+
+    return explain(args)
+
+
+def _offline(command: str) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        from epp import offline
+
+        return int(getattr(offline, command)(args))
+
+    return run
 
 
 def _sim(args: argparse.Namespace) -> int:

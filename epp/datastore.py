@@ -9,14 +9,19 @@ Cost per request: none; a snapshot is an attribute read. Membership and health c
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from epp.clock import Clock
+from epp.freshness import trust
 from epp.types import Address, Changes, Endpoint, EndpointSpec, Snapshot
 
 ENDPOINTS_MAX = 10_000
 """Limit on the pool's size: an endpoint more is a fault in the source, not a pool."""
+
+
+NO_ATTRIBUTES: Mapping[str, float] = MappingProxyType({})
 
 
 class Reading(NamedTuple):
@@ -27,16 +32,29 @@ class Reading(NamedTuple):
     kv_usage: float | None = None
     kv_block_tokens: int | None = None
     kv_blocks: int | None = None
+    adapters_active: frozenset[str] | None = None
+    adapters_waiting: frozenset[str] | None = None
+    adapters_max: int | None = None
+    started_s: float | None = None
+    """When the engine's process started, by its own clock."""
+    prefix_queries: float | None = None
+    """Prompt tokens looked up in the engine's prefix cache since it started."""
+    prefix_hits: float | None = None
+    """Of those, found there."""
+    attributes: Mapping[str, float] = NO_ATTRIBUTES
+    """Custom metrics, by attribute key."""
 
 
 class Ticket:
     """One request's place in its endpoint's in-flight accounting: released exactly once, however the stream ends."""
 
-    __slots__ = ("_tokens", "endpoint", "requests")
+    __slots__ = ("_to_the_end", "_tokens", "endpoint", "requests")
 
-    def __init__(self, endpoint: Endpoint, tokens: int) -> None:
+    def __init__(self, endpoint: Endpoint, tokens: int, *, to_the_end: bool = False) -> None:
+        """`to_the_end`: the tokens weigh on the endpoint until the request is over, for the expected output is among them."""
         self.endpoint = endpoint
         self.requests = 1
+        self._to_the_end = to_the_end
         self._tokens = tokens
         endpoint.inflight_requests += 1
         endpoint.inflight_tokens += tokens
@@ -47,7 +65,7 @@ class Ticket:
 
     def first_token(self) -> None:
         """The prefill is done: its tokens weigh on the endpoint no longer."""
-        if self._tokens:
+        if self._tokens and not self._to_the_end:
             self.endpoint.inflight_tokens -= self._tokens
             self._tokens = 0
             self.endpoint.changes.add(self.endpoint.slot)
@@ -68,10 +86,16 @@ class Ticket:
     def release(self) -> None:
         """The request is over. Calling it again does nothing."""
         if self.requests:
+            self._to_the_end = False
             self.first_token()
             self.requests = 0
             self.endpoint.inflight_requests -= 1
             self.endpoint.changes.add(self.endpoint.slot)
+
+
+def _same(spec: EndpointSpec | None, endpoint: Endpoint) -> bool:
+    """An address given to another pod is another endpoint: nothing of the old one's load or cache is there."""
+    return spec is not None and (spec.name, spec.namespace) == (endpoint.name, endpoint.namespace)
 
 
 class Datastore:
@@ -83,7 +107,8 @@ class Datastore:
         self.endpoints: dict[Address, Endpoint] = {}
         self.by_destination: dict[str, Endpoint] = {}
         self.ready = Snapshot.of(())
-        """Healthy endpoints; all of them when none is healthy, for then any may be the one that works."""
+        """Endpoints that are healthy, not ejected and not draining; all but the draining ones when there are none of those, for then
+        any may be the one that works."""
         self._clock = clock
         self._endpoints_max = endpoints_max
         self._free_slots: list[int] = []
@@ -108,7 +133,7 @@ class Datastore:
         wanted = {spec.address: spec for spec in specs}
         if len(wanted) > self._endpoints_max:
             raise ValueError(f"{len(wanted)} endpoints, the limit is {self._endpoints_max}")
-        gone = [endpoint for address, endpoint in self.endpoints.items() if address not in wanted]
+        gone = [endpoint for address, endpoint in self.endpoints.items() if not _same(wanted.get(address), endpoint)]
         for endpoint in gone:
             del self.endpoints[endpoint.spec.address]
             del self.by_destination[endpoint.destination]
@@ -122,7 +147,7 @@ class Datastore:
                 come.append(endpoint)
             elif known.spec != spec:
                 known.spec = spec
-                known.name, known.namespace, known.labels = spec.name, spec.namespace, spec.labels
+                known.labels = spec.labels
         self._refresh()
         for endpoint in gone:
             for tell in self._removed:
@@ -145,16 +170,62 @@ class Datastore:
             endpoint.kv_usage = reading.kv_usage
         if reading.kv_blocks and reading.kv_block_tokens:
             endpoint.kv_capacity_tokens = reading.kv_blocks * reading.kv_block_tokens
+        if reading.adapters_active is not None:
+            endpoint.adapters_active = reading.adapters_active
+        if reading.adapters_waiting is not None:
+            endpoint.adapters_waiting = reading.adapters_waiting
+        if reading.adapters_max is not None:
+            endpoint.adapters_max = reading.adapters_max
+        if reading.attributes:
+            endpoint.attributes.update(reading.attributes)
         endpoint.sent_requests = max(0, endpoint.sent_requests - sent_requests)
         endpoint.sent_tokens = max(0, endpoint.sent_tokens - sent_tokens)
         endpoint.scraped_at_s = self._clock.now_s()
         endpoint.scrape_failures = 0
+        endpoint.trusted = 1.0
         self.changes.add(endpoint.slot)
         self.set_healthy(endpoint, healthy=True)
+
+    def record_silence(self, endpoint: Endpoint) -> None:
+        """A scrape brought no reading: the last one counts less the older it gets."""
+        trusted = trust(self.staleness_s(endpoint))
+        if endpoint.trusted != trusted:
+            endpoint.trusted = trusted
+            self.changes.add(endpoint.slot)
+
+    def record_answer(self, endpoint: Endpoint) -> None:
+        """It answers, but with nothing its load could be read from: our own count is all there is."""
+        endpoint.scrape_failures = 0
+        if endpoint.trusted:
+            endpoint.trusted = 0.0
+            self.changes.add(endpoint.slot)
+        self.set_healthy(endpoint, healthy=True)
+
+    def record_push(self, endpoint: Endpoint, *, waiting: float | None, kv_usage: float | None) -> None:
+        """The engine said in a response how busy it is: as of now, so what was sent before is in it."""
+        if waiting is not None:
+            endpoint.waiting = waiting
+            endpoint.sent_requests = 0
+        if kv_usage is not None:
+            endpoint.kv_usage = kv_usage
+            endpoint.sent_tokens = 0
+        self.changes.add(endpoint.slot)
 
     def set_healthy(self, endpoint: Endpoint, *, healthy: bool) -> None:
         if endpoint.healthy is not healthy:
             endpoint.healthy = healthy
+            self._refresh()
+
+    def set_ejected(self, endpoint: Endpoint, *, ejected: bool, half_open: bool = False) -> None:
+        endpoint.half_open = half_open
+        if endpoint.ejected is not ejected:
+            endpoint.ejected = ejected
+            self._refresh()
+
+    def set_draining(self, endpoint: Endpoint, *, draining: bool) -> None:
+        """Mark it, or take the mark away; what its source says of it stays as it is."""
+        if endpoint.drain_marked is not draining:
+            endpoint.drain_marked = draining
             self._refresh()
 
     def staleness_s(self, endpoint: Endpoint) -> float:
@@ -162,8 +233,8 @@ class Datastore:
         return self._clock.now_s() - endpoint.scraped_at_s
 
     def _refresh(self) -> None:
-        everyone = list(self.endpoints.values())
-        self.ready = Snapshot.of([e for e in everyone if e.healthy] or everyone)
+        staying = [e for e in self.endpoints.values() if not e.draining]
+        self.ready = Snapshot.of([e for e in staying if e.healthy and not e.ejected] or [e for e in staying if not e.ejected] or staying)
 
     def _take_slot(self) -> int:
         if self._free_slots:

@@ -1,179 +1,110 @@
-"""One request's way from its body to a decision, and its accounting until the response ends.
+"""One request's way from its body to a decision: parse, rename, find candidates, decide, charge.
 
-Parse, find candidates, decide, charge the endpoint; the Exchange that comes back is told how the response goes and releases the
-charge exactly once. Between taking the snapshot and the decision there is no await. Not here: the protocol (extproc), scores
-(scheduling).
+The order is the reference picker's (inventory 3.3): model rewrite, objective, fairness id, shedding, candidates, then the scheduler with its
+producers and admitters, and last the charge. Between taking the snapshot and the decision there is no await. Not here: what becomes of
+the request afterwards (exchange), the protocol (extproc), scores (scheduling).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from epp.clock import Clock
-from epp.datastore import Datastore, Ticket
-from epp.errors import EppError, NoEndpointsError
+from epp.datastore import Datastore
+from epp.decisions import Decisions, record, table
+from epp.errors import BadRequestError, EppError, ModelNotFoundError, NoEndpointsError, PreconditionFailedError, SaturatedError
+from epp.exchange import Exchange
 from epp.observe.metrics import Metrics
-from epp.observe.series import RequestSeries
-from epp.parsing import routes
-from epp.parsing.model_name import ModelRestorer, checked, with_model
-from epp.parsing.usage import JsonUsage, SseUsage, UsageReader
-from epp.plugins.base import PickedHook
-from epp.scheduling.pipeline import Scheduler
-from epp.types import Decision, LLMRequest, Snapshot
+from epp.outliers import Outliers
+from epp.parsing.model_name import ModelRestorer, checked
+from epp.parsing.routes import Routes
+from epp.plugins.base import Parser
+from epp.resources import Resources
+from epp.scheduling.pipeline import ProfileTrace, Scheduler
+from epp.types import Decision, Endpoint, LLMRequest, Snapshot
 
 _log = logging.getLogger("epp.decision")
 
 REWRITE_HEADER, REWRITE_HEADER_OLD = "x-llm-d-model-name-rewrite", "x-gateway-model-name-rewrite"
+OBJECTIVE_HEADER, OBJECTIVE_HEADER_OLD = "x-llm-d-inference-objective", "x-gateway-inference-objective"
+FAIRNESS_HEADER, FAIRNESS_HEADER_OLD = "x-llm-d-inference-fairness-id", "x-gateway-inference-fairness-id"
 OWN_HEADERS = frozenset({
-    REWRITE_HEADER, REWRITE_HEADER_OLD, "x-llm-d-inference-objective", "x-gateway-inference-objective", "x-llm-d-inference-fairness-id",
-    "x-gateway-inference-fairness-id",
+    REWRITE_HEADER, REWRITE_HEADER_OLD, OBJECTIVE_HEADER, OBJECTIVE_HEADER_OLD, FAIRNESS_HEADER, FAIRNESS_HEADER_OLD,
 })  # fmt: skip
+"""Headers meant for us: the engine does not see them."""
 TEST_SELECTION = "test-epp-endpoint-selection"
 TEST_SERVED = "x-conformance-test-served-endpoint"
+FAIRNESS_CHARS_MAX = 256
+"""Of a fairness id; longer ones are cut."""
+LEFT_OUT_SHOWN_MAX = 32
+"""Endpoints that are no candidates, in an explanation."""
+MODELS_MAX = 1_000
+"""Models whose endpoints are remembered while the pool stays the same."""
+SUBSETS_MAX = 64
+"""Different subset hints whose candidates are remembered while the pool stays the same."""
 
-# What Envoy says when it could not get a request to an endpoint at all (response.code_details, core/http response code details).
-_CONNECTION_FAILURES = ("upstream_reset_before_response_started{connection", "upstream_reset_before_response_started{remote_connection")
 
+class Models(Protocol):
+    """Who serves which model, as far as engines say; `epp.engines.models.ModelsView` is one."""
 
-class Exchange:
-    """A routed request, until its response ends: in-flight accounting and metrics. Every method is safe after `finish`."""
+    version: int
 
-    __slots__ = (
-        "_clock", "_datastore", "_first_s", "_last_s", "_response_bytes", "_series", "_served_hooks", "_started_s", "_status", "_ticket", "_usage",
-        "body", "decision", "request", "restorer",
-    )  # fmt: skip
+    def known(self, model: str) -> bool | None:
+        """Whether any endpoint serves it; None: not known."""
+        ...
 
-    def __init__(
-        self,
-        request: LLMRequest,
-        decision: Decision,
-        ticket: Ticket,
-        *,
-        series: RequestSeries,
-        datastore: Datastore,
-        clock: Clock,
-        started_s: float,
-        served_hooks: Sequence[PickedHook] = (),
-    ) -> None:
-        self.request = request
-        self.decision = decision
-        self.body: bytes | None = None
-        """The request's body for the engine, where it is not the client's: another model name."""
-        self.restorer: ModelRestorer | None = None
-        """Then: gives the response the client's name back."""
-        self._ticket: Ticket | None = ticket
-        self._series = series
-        self._served_hooks = served_hooks
-        self._datastore = datastore
-        self._clock = clock
-        self._started_s = started_s
-        self._first_s = 0.0
-        self._last_s = 0.0
-        self._response_bytes = 0
-        self._status = 0
-        self._usage: UsageReader | None = None
-        series.running += 1
+    def by_all(self, model: str) -> bool: ...
 
-    def response_headers(self, status: int, *, event_stream: bool, served: str, code_details: str) -> None:
-        """The engine (or the gateway in its place) answered. `served`: who did, if the gateway says."""
-        if self._ticket is None:
-            return
-        self._status = status
-        if served and served != self.decision.endpoint.destination:
-            self._served_elsewhere(served)
-        if status >= 500 and code_details.startswith(_CONNECTION_FAILURES):
-            self._datastore.set_healthy(self.decision.endpoint, healthy=False)
-        if status == 200:
-            self._usage = SseUsage() if event_stream else JsonUsage()
-
-    def response_chunk(self, body: bytes) -> None:
-        """A piece of the response body passed, not empty; the first one is the first token."""
-        ticket = self._ticket
-        if ticket is None:
-            return
-        now_s = self._clock.now_s()
-        if not self._first_s:
-            self._first_s = now_s
-            ticket.first_token()
-        elif self.request.stream:
-            self._series.streaming_itl_s.observe(now_s - self._last_s)
-        self._last_s = now_s
-        self._response_bytes += len(body)
-        if self._usage is not None:
-            self._usage.feed(body)
-
-    def finish(self, *, complete: bool) -> None:
-        """The response ended, or (`complete=False`) the stream did before it. Only the first call counts."""
-        ticket = self._ticket
-        if ticket is None:
-            return
-        self._ticket = None
-        ticket.release()
-        series = self._series
-        series.running -= 1
-        if not complete:
-            series.errors["ClientDisconnected"] += 1
-        elif self._status == 200:
-            self._observe(series)
-        elif self._status:
-            series.errors["ModelServerError"] += 1
-
-    def _served_elsewhere(self, served: str) -> None:
-        endpoint = self._datastore.by_destination.get(served)
-        if endpoint is None or self._ticket is None:
-            return
-        if endpoint in self.decision.fallbacks:
-            # The gateway goes along our list: it could not use the one before. (Elsewhere, it may just not follow us.)
-            self._datastore.set_healthy(self.decision.endpoint, healthy=False)
-        self._ticket.move(endpoint)
-        for served_by in self._served_hooks:  # the prompt is in that endpoint's cache now
-            served_by(self.request, endpoint)
-
-    def _observe(self, series: RequestSeries) -> None:
-        if not self._first_s:  # no body, or we are not shown it: then its end is not known either
-            return
-        duration_s = self._clock.now_s() - self._started_s
-        series.duration_s.observe(duration_s)
-        series.response_bytes.observe(self._response_bytes)
-        ttft_s = self._first_s - self._started_s
-        (series.streaming_ttft_s if self.request.stream else series.ttft_s).observe(ttft_s)
-        usage = self._usage.finish() if self._usage is not None else None
-        if usage is None:
-            return
-        if usage.prompt_tokens >= 0:
-            series.input_tokens.observe(usage.prompt_tokens)
-        if usage.cached_tokens >= 0:
-            series.cached_tokens.observe(usage.cached_tokens)
-        if usage.completion_tokens > 0:
-            series.output_tokens.observe(usage.completion_tokens)
-            series.ntpot_s.observe(duration_s / usage.completion_tokens)
-            if self.request.stream and usage.completion_tokens > 1:
-                series.streaming_tpot_s.observe((duration_s - ttft_s) / (usage.completion_tokens - 1))
+    def serves(self, endpoint: Endpoint, model: str) -> bool | None: ...
 
 
 class Director:
-    """Routes requests. One per pool."""
+    """Routes requests. One per pool; what it routes by is exchanged whole with `use`."""
 
     def __init__(
         self,
         datastore: Datastore,
         scheduler: Scheduler,
+        routes: Routes,
         metrics: Metrics,
         clock: Clock,
         *,
-        unknown_paths_ok: bool,
-        subset_filter: bool,
+        resources: Resources,
+        outliers: Outliers,
+        subset_filter: bool = True,
         test_headers: bool = False,
+        decisions: Decisions | None = None,
+        emit_scores: bool = False,
+        models: Models | None = None,
+        model_missed: Callable[[], None] = lambda: None,
     ) -> None:
         """`test_headers`: honour the conformance suite's headers (protocol reference, section 9); never in production."""
-        self._test_headers = test_headers
         self._datastore = datastore
-        self._scheduler = scheduler
         self._metrics = metrics
         self._clock = clock
-        self._unknown_paths_ok = unknown_paths_ok
+        self._resources = resources
+        self._outliers = outliers
         self._subset_filter = subset_filter
+        self._test_headers = test_headers
+        self._decisions = decisions
+        self.emit_scores = emit_scores
+        self._subsets: dict[Sequence[str], Snapshot] = {}
+        self._subsets_of: Snapshot | None = None
+        self._models = models
+        self._model_missed = model_missed
+        """Called when a model nobody serves was asked for."""
+        self._serving: dict[str, Snapshot] = {}
+        self._serving_of: tuple[Snapshot, int] | None = None
+        self.use(scheduler, routes)
+
+    def use(self, scheduler: Scheduler, routes: Routes) -> None:
+        """Decide like this from the next request on; requests under way keep what they were decided by."""
+        self._scheduler = scheduler
+        self._routes = routes
+        self._own_headers = OWN_HEADERS | set(scheduler.own_headers)
+        self.needs_body = routes.needs_body
 
     def route(self, request: LLMRequest, body: bytes | None, subset: Sequence[str] | None, started_s: float) -> Exchange:
         """Decide where `request` goes and charge that endpoint. Raises EppError.
@@ -181,89 +112,195 @@ class Director:
         `body`: None when it can't be seen whole before the decision (a GET, a gateway that keeps it): routed by load.
         `started_s`: when its headers came.
         """
-        metrics = self._metrics
+        metrics, scheduler = self._metrics, self._scheduler
+        keep = self._decisions is not None and self._decisions.due()
+        traces: list[ProfileTrace] | None = [] if keep or self.emit_scores else None
+        understood = 0
         try:
             request.body_bytes = len(body) if body is not None else 0
-            routes.parse(request, body, unknown_paths_ok=self._unknown_paths_ok)
-            renamed = self.renames(request.headers) if request.model and body is not None else ""
-            if renamed:
-                request.target_model = checked(renamed)
-            if self._test_headers and TEST_SELECTION in request.headers:
-                subset = request.headers[TEST_SELECTION].replace(" ", "").split(",")
-            series = metrics.series(request.model, request.target_model, "", request.priority)
-            series.requests += 1
+            parser, renamed = self._understand(request, body)
+            understood = 1
             scheduling_s = self._clock.now_s()
-            decision = self._scheduler.schedule(request, self._candidates(subset))
+            decision = self._decide(request, subset, traces)
         except EppError as error:
-            metrics.series(request.model, request.target_model, "", request.priority).errors[error.code_name] += 1
+            series = metrics.series(request.model, request.target_model, request.fairness_id, request.priority)
+            series.requests += understood
+            series.errors[error.code_name] += 1
             metrics.not_picked(request.target_model)
+            if keep and self._decisions is not None:
+                self._decisions.add(request, traces or (), None, error.message)
             self._log_rejection(request, error)
             raise
-        endpoint = decision.endpoint
-        match = request.prefix
-        uncached = request.prompt_tokens
-        if match is not None:
-            cached = match.matched_tokens.get(endpoint.slot, 0)
-            uncached -= cached
-            metrics.prefix_hit_ratio.observe(cached / match.prompt_tokens)
-            metrics.prefix_hit_bytes.observe(cached * 4)
-        rewritten = with_model(body, renamed) if renamed and body is not None and renamed != request.model else None
-        for picked in self._scheduler.picked:
-            picked(request, endpoint)
-        ticket = Ticket(endpoint, max(0, uncached))  # after what plugins do: nothing that may fail comes between this and its Exchange
-        metrics.picked(request.target_model, endpoint)
-        metrics.scheduler_duration_s.observe(self._clock.now_s() - scheduling_s)
-        series.request_bytes.observe(request.body_bytes)
-        if _log.isEnabledFor(logging.DEBUG):
-            self._log_decision(request, decision, uncached)
+        series = metrics.series(request.model, request.target_model, request.fairness_id, request.priority)
+        series.requests += 1
+        uncached = self._uncached(request, decision)
+        rewritten = parser.with_model(body, renamed) if renamed and body is not None and parser is not None else None
+        for picked in scheduler.picked:
+            try:
+                picked(request, decision)
+            except Exception:  # noqa: BLE001 - what a plugin wants to remember is no reason to refuse a request
+                _log.exception("a plugin's hook failed")
         exchange = Exchange(
             request,
             decision,
-            ticket,
+            tokens=scheduler.inflight.charge(request, uncached),
+            uncached_tokens=uncached,
+            parser=parser,
+            scheduler=scheduler,
             series=series,
             datastore=self._datastore,
+            outliers=self._outliers,
             clock=self._clock,
             started_s=started_s,
-            served_hooks=self._scheduler.picked,
         )
+        if decision.endpoint.half_open:
+            self._outliers.probing(decision.endpoint)
+        metrics.picked(request.target_model, decision.endpoint)
+        metrics.scheduler_duration_s.observe(self._clock.now_s() - scheduling_s)
+        series.request_bytes.observe(request.body_bytes)
+        self._remember(exchange, traces, uncached)
         if rewritten is not None:
             exchange.body = rewritten
-            exchange.restorer = ModelRestorer(renamed, request.model)
+            if request.model:
+                exchange.restorer = ModelRestorer(renamed, request.model)
         return exchange
+
+    def explain(self, request: LLMRequest, body: bytes | None, subset: Sequence[str] | None) -> dict[str, Any]:
+        """What `route` would decide now, and why; nothing is charged, counted or remembered."""
+        traces: list[ProfileTrace] = []
+        decision, reason = None, ""
+        try:
+            self._understand(request, body, count=False)
+            decision = self._decide(request, subset, traces)
+        except EppError as error:
+            reason = f"{error.http_status} {error.message}"
+        answer = table(record(self._clock.now_s(), request, traces, decision, reason))
+        ready = self._datastore.ready.by_slot
+        out = [e for e in self._datastore.endpoints.values() if e.slot not in ready]
+        answer["left_out"] = [{"name": e.name, "address": e.destination, "state": e.state} for e in out[:LEFT_OUT_SHOWN_MAX]]
+        return answer
 
     def refused(self, error: EppError) -> None:
         """Count a request that was answered before it could be parsed."""
         self._metrics.series("", "").errors[error.code_name] += 1
 
-    @staticmethod
-    def renames(headers: Mapping[str, str]) -> str:
-        """The model the gateway wants the engine to be asked for, if another than the body's."""
-        return headers.get(REWRITE_HEADER) or headers.get(REWRITE_HEADER_OLD) or ""
+    def sees_response_bodies(self, headers: Mapping[str, str]) -> bool:
+        """Whether the response's body matters so much that a gateway that holds it back must still show it to us."""
+        if self._resources.rewrites_any or self._scheduler.report:
+            return True
+        return bool(headers.get(REWRITE_HEADER) or headers.get(REWRITE_HEADER_OLD))
 
-    @staticmethod
-    def own_headers(headers: Mapping[str, str]) -> tuple[str, ...]:
-        """Headers meant for us: the engine must not see them."""
-        return () if OWN_HEADERS.isdisjoint(headers) else tuple(name for name in headers if name in OWN_HEADERS)
+    def own_headers(self, headers: Mapping[str, str]) -> tuple[str, ...]:
+        """Headers meant for us, or that only we may set: the engine must not see the client's."""
+        own = self._own_headers
+        return () if own.isdisjoint(headers) else tuple(name for name in headers if name in own)
 
-    def response_headers(self, served: str) -> dict[str, str] | None:
-        """What to add to a response; only the conformance suite wants anything."""
-        if not self._test_headers:
-            return None
-        return {TEST_SERVED: served or "fail: missing destination endpoint served metadata"}
+    def response_headers(self, exchange: Exchange | None, served: str) -> dict[str, str] | None:
+        """What to add to a response's headers."""
+        added = exchange.added_headers() if exchange is not None else {}
+        if self._test_headers:
+            added[TEST_SERVED] = served or "fail: missing destination endpoint served metadata"
+        return added or None
+
+    def _understand(self, request: LLMRequest, body: bytes | None, *, count: bool = True) -> tuple[Parser | None, str]:
+        """The body's parser, and the model to put in place of the body's, if any."""
+        parser = self._routes.parse(request, body)
+        headers = request.headers
+        renamed = ""
+        if not OWN_HEADERS.isdisjoint(headers):
+            renamed = headers.get(REWRITE_HEADER) or headers.get(REWRITE_HEADER_OLD) or ""
+            request.priority = self._resources.priority(headers.get(OBJECTIVE_HEADER) or headers.get(OBJECTIVE_HEADER_OLD) or "")
+            request.fairness_id = (headers.get(FAIRNESS_HEADER) or headers.get(FAIRNESS_HEADER_OLD) or "")[:FAIRNESS_CHARS_MAX]
+        if parser is None or body is None or not parser.body_wanted:
+            return parser, ""
+        target = self._resources.target(request.model)
+        if target is not None:
+            renamed = target.model
+            if count:
+                self._metrics.rewritten(target.rewrite, request.model, target.model)
+        if renamed:
+            request.target_model = checked(renamed)
+            renamed = "" if renamed == request.model else renamed
+        elif not request.model and parser.model_required:
+            raise BadRequestError("model not found in request body")
+        return parser, renamed
+
+    def _decide(self, request: LLMRequest, subset: Sequence[str] | None, traces: list[ProfileTrace] | None) -> Decision:
+        scheduler = self._scheduler
+        if request.priority < 0 and scheduler.detector is not None and scheduler.detector.saturation(self._datastore.ready.endpoints) >= 1:
+            raise SaturatedError("system saturated, sheddable request dropped")
+        if self._test_headers and TEST_SELECTION in request.headers:
+            subset = tuple(request.headers[TEST_SELECTION].replace(" ", "").split(","))
+        candidates = self._candidates(subset)
+        if self._models is not None and request.target_model:
+            candidates = self._that_serve(request.target_model, candidates, self._models)
+        decision = scheduler.schedule(request, candidates, traces)
+        if "prefer" in request.headers and "if-available" in request.headers["prefer"]:
+            match = request.prefix
+            if match is None or not match.matched_tokens.get(decision.endpoint.slot):
+                raise PreconditionFailedError("no endpoint has a prefix of this prompt cached")
+        return decision
+
+    def _uncached(self, request: LLMRequest, decision: Decision) -> int:
+        """Prompt tokens the endpoint has to compute."""
+        match = request.prefix
+        if match is not None:
+            cached = match.matched_tokens.get(decision.endpoint.slot, 0)
+            self._metrics.prefix_hit_ratio.observe(cached / match.prompt_tokens)
+            self._metrics.prefix_hit_bytes.observe(cached * 4)
+        return request.uncached_on(decision.endpoint)
+
+    def _remember(self, exchange: Exchange, traces: Sequence[ProfileTrace] | None, uncached: int) -> None:
+        if traces is not None:
+            exchange.traces = traces
+            if self._decisions is not None and self._decisions.due():
+                self._decisions.add(exchange.request, traces, exchange.decision)
+        if _log.isEnabledFor(logging.DEBUG):
+            self._log_decision(exchange.request, exchange.decision, uncached)
 
     def _candidates(self, subset: Sequence[str] | None) -> Snapshot:
         ready = self._datastore.ready
-        if subset is not None and self._subset_filter:
-            allowed = frozenset(subset)
-            found = [e for e in ready.endpoints if _in_subset(e.spec.address.host, e.destination, allowed)]
-            if not found:  # one that fails its scrapes is better than none
-                found = [e for e in self._datastore.endpoints.values() if _in_subset(e.spec.address.host, e.destination, allowed)]
-            if not found:
-                raise NoEndpointsError("failed to find endpoint candidates for serving the request: none is in the gateway's subset")
-            return Snapshot.of(found)
-        if not ready.endpoints:
-            raise NoEndpointsError("failed to find endpoint candidates for serving the request: no endpoint is ready")
-        return ready
+        if subset is None or not self._subset_filter:
+            if not ready.endpoints:
+                raise NoEndpointsError("failed to find endpoint candidates for serving the request: no endpoint is ready")
+            return ready
+        if ready is not self._subsets_of or len(self._subsets) >= SUBSETS_MAX:
+            self._subsets_of, self._subsets = ready, {}
+        found = self._subsets.get(subset)
+        if found is None:
+            found = self._subsets[subset] = self._in(subset, ready)
+        return found
+
+    def _that_serve(self, model: str, candidates: Snapshot, models: Models) -> Snapshot:
+        """Without the endpoints that say they lack this model."""
+        known = models.known(model)
+        if known is False:
+            self._model_missed()
+            raise ModelNotFoundError(f"the model {model!r} does not exist: no endpoint serves it")
+        if known is None or models.by_all(model):
+            return candidates
+        if self._serving_of is None or self._serving_of[0] is not candidates or self._serving_of[1] != models.version:
+            self._serving_of, self._serving = (candidates, models.version), {}
+        found = self._serving.get(model)
+        if found is None:
+            if len(self._serving) >= MODELS_MAX:
+                self._serving.clear()
+            found = Snapshot.of([e for e in candidates.endpoints if models.serves(e, model) is not False])
+            self._serving[model] = found
+        if not found.endpoints:
+            raise NoEndpointsError(f"no endpoint that serves the model {model!r} is ready")
+        return found
+
+    def _in(self, subset: Sequence[str], ready: Snapshot) -> Snapshot:
+        allowed = frozenset(subset)
+        found = [e for e in ready.endpoints if _in_subset(e.spec.address.host, e.destination, allowed)]
+        if not found:  # one that fails its scrapes is better than none
+            found = [
+                e for e in self._datastore.endpoints.values() if not e.draining and _in_subset(e.spec.address.host, e.destination, allowed)
+            ]
+        if not found:
+            raise NoEndpointsError("failed to find endpoint candidates for serving the request: none is in the gateway's subset")
+        return Snapshot.of(found)
 
     def _log_decision(self, request: LLMRequest, decision: Decision, uncached: int) -> None:
         fields = {

@@ -49,6 +49,12 @@ class NotFoundError(EppError):
     code = "not_found"
 
 
+class ModelNotFoundError(NotFoundError):
+    """Every endpoint says which models it serves, and none serves this one."""
+
+    code = "model_not_found"
+
+
 class BodyTooLargeError(BadRequestError):
     """The request body passed `--max-body-bytes`."""
 
@@ -81,6 +87,15 @@ class NoEndpointsError(EppError):
     type = "service_unavailable_error"
     code = "no_endpoints"
     dropped_reason = "rejected-no-endpoints"
+
+
+class PreconditionFailedError(EppError):
+    """The client asked to be served only where its prompt's prefix is cached (`Prefer: if-available`), and it is nowhere."""
+
+    http_status = 412
+    code_name = "PreconditionFailed"
+    type = "invalid_request_error"
+    code = "prefix_not_cached"
 
 
 class BuffersFullError(EppError):

@@ -6,8 +6,12 @@ Not here: how any of them changes (datastore, director) or travels (extproc). No
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from epp.capacity import Capacity
+from epp.freshness import faded
 
 
 class Address(NamedTuple):
@@ -47,6 +51,8 @@ class EndpointSpec(NamedTuple):
     labels: Mapping[str, str] = {}
     metrics_address: Address | None = None
     """Where `/metrics` is served, if not at `address`."""
+    draining: bool = False
+    """It is going away (a terminating pod, a machine about to be taken back): no new requests."""
 
 
 class Changes:
@@ -83,9 +89,9 @@ class Endpoint:
     """
 
     __slots__ = (
-        "changes", "destination", "healthy", "inflight_requests", "inflight_tokens", "kv_capacity_tokens", "kv_usage", "labels", "name",
-        "namespace", "picks_total", "running", "scrape_failures", "scraped_at_s", "sent_requests", "sent_tokens", "slot",
-        "spec", "waiting",
+        "adapters_active", "adapters_max", "adapters_waiting", "attributes", "capacity", "changes", "destination", "drain_marked", "ejected",
+        "half_open", "healthy", "inflight_requests", "inflight_tokens", "kv_capacity_tokens", "kv_usage", "labels", "name", "namespace",
+        "picks_total", "running", "scrape_failures", "scraped_at_s", "sent_requests", "sent_tokens", "slot", "spec", "trusted", "waiting",
     )  # fmt: skip
 
     def __init__(self, spec: EndpointSpec, slot: int, changes: Changes) -> None:
@@ -106,11 +112,27 @@ class Endpoint:
         """Fraction of the KV cache in use, 0 to 1."""
         self.kv_capacity_tokens = 0
         """Tokens the KV cache holds; 0 while unknown."""
+        self.adapters_active: frozenset[str] = frozenset()
+        """LoRA adapters of running requests."""
+        self.adapters_waiting: frozenset[str] = frozenset()
+        """LoRA adapters of waiting requests."""
+        self.adapters_max = 0
+        """LoRA adapters the engine runs at once; 0 while unknown."""
+        self.attributes: dict[str, float] = {}
+        """What else a data source read, by attribute key (`GPUUtilization`)."""
         self.scraped_at_s = float("-inf")
         self.scrape_failures = 0
         """Consecutive."""
+        self.trusted = 1.0
+        """How much the reading still counts: the rest is our own count of what is in flight there (freshness)."""
         self.healthy = True
-        """False once scrapes or connections fail; such an endpoint is picked only while no other is healthy."""
+        """False while scrapes fail; such an endpoint is picked only while no other is healthy."""
+        self.ejected = False
+        """Requests sent to it failed: it is left out for a while (outliers)."""
+        self.half_open = False
+        """Its time out is over: one request may try it."""
+        self.drain_marked = False
+        """An operator wants it to go (`POST /drain`)."""
         # our own accounting
         self.inflight_requests = 0
         self.inflight_tokens = 0
@@ -120,29 +142,53 @@ class Endpoint:
         self.sent_tokens = 0
         """Uncached prompt tokens of those."""
         self.picks_total = 0
+        self.capacity = Capacity()
+        """How fast it turned out to be."""
 
     def __repr__(self) -> str:
-        state = "healthy" if self.healthy else "failing"
         return (
-            f"<Endpoint {self.name} {self.destination} {state} waiting={self.waiting:g} running={self.running:g} "
+            f"<Endpoint {self.name} {self.destination} {self.state} waiting={self.waiting:g} running={self.running:g} "
             f"kv={self.kv_usage:.2f} inflight={self.inflight_requests}/{self.inflight_tokens}t>"
         )
 
     @property
+    def state(self) -> str:
+        """In a word: `draining`, `ejected`, `half-open`, `failing` or `healthy`."""
+        if self.draining:
+            return "draining"
+        if self.ejected:
+            return "ejected"
+        if not self.healthy:
+            return "failing"
+        return "half-open" if self.half_open else "healthy"
+
+    @property
+    def draining(self) -> bool:
+        """Going away: it gets no new request and finishes those it has."""
+        return self.drain_marked or self.spec.draining
+
+    @property
     def waiting_estimate(self) -> float:
-        """Queue depth now: a request sent since the reading joined the queue if there was one, else the running batch."""
-        return self.waiting + self.sent_requests if self.waiting else 0.0
+        """Queue depth now: a request sent since the reading joined the queue if there was one, else the running batch.
+
+        As the reading ages everything in flight counts as waiting, so that an engine that went silent attracts nobody.
+        """
+        waiting = self.waiting + self.sent_requests if self.waiting else 0.0
+        return waiting if self.trusted == 1.0 else faded(waiting, self.inflight_requests, self.trusted)
 
     @property
     def running_estimate(self) -> float:
-        return self.running if self.waiting else self.running + self.sent_requests
+        running = self.running if self.waiting else self.running + self.sent_requests
+        return running if self.trusted == 1.0 else faded(running, self.inflight_requests, self.trusted)
 
     @property
     def kv_usage_estimate(self) -> float:
         """KV use now: the reading plus the uncached prompt tokens sent since, over the cache's size where it is known; 0 to 1."""
-        if not self.kv_capacity_tokens:
-            return self.kv_usage
-        return min(1.0, self.kv_usage + self.sent_tokens / self.kv_capacity_tokens)
+        capacity = self.kv_capacity_tokens
+        if not capacity:
+            return self.kv_usage * self.trusted
+        usage = min(1.0, self.kv_usage + self.sent_tokens / capacity)
+        return usage if self.trusted == 1.0 else faded(usage, min(1.0, self.inflight_tokens / capacity), self.trusted)
 
 
 class Snapshot(NamedTuple):
@@ -177,12 +223,21 @@ class PrefixMatch:
         """slot -> prompt tokens that endpoint has cached; an absent slot has none."""
 
 
+class Prediction(NamedTuple):
+    """What one request should see on one endpoint; headroom is its service objective minus that, or 0 minus that where it has none."""
+
+    ttft_s: float
+    tpot_s: float
+    ttft_headroom_s: float
+    tpot_headroom_s: float
+
+
 class LLMRequest:
     """One inference request as routing sees it. `prompt` is what is hashed for the prefix index, never logged."""
 
     __slots__ = (
-        "body_bytes", "cache_salt", "headers", "id", "max_output_tokens", "model", "path", "prefix", "priority", "prompt", "prompt_tokens",
-        "stream", "target_model",
+        "attributes", "body_bytes", "cache_salt", "fairness_id", "headers", "id", "max_output_tokens", "media", "model", "path", "prefix",
+        "priority", "prompt", "prompt_tokens", "stream", "target_model",
     )  # fmt: skip
 
     def __init__(self, *, id: str, path: str, headers: Mapping[str, str]) -> None:  # noqa: A002 - the field's own name
@@ -201,9 +256,21 @@ class LLMRequest:
         self.prompt_tokens = 0
         """Estimated from `prompt`, exact for token-id prompts."""
         self.body_bytes = 0
+        self.media = 0
+        """Images, videos and audio clips in the prompt."""
         self.priority = 0
+        """Of the request's InferenceObjective; below 0 it may be dropped when the pool is saturated."""
+        self.fairness_id = ""
+        """Whose request it is, where the client or a plugin says."""
         self.prefix: PrefixMatch | None = None
-        """Set by the prefix producer, read by the prefix scorer."""
+        """Of the first prefix producer, read by scorers that name none."""
+        self.attributes: dict[str, Any] = {}
+        """What producers found out about this request, by producer name or data key."""
+
+    def uncached_on(self, endpoint: Endpoint) -> int:
+        """Prompt tokens that endpoint would have to compute."""
+        match = self.prefix
+        return self.prompt_tokens if match is None else max(0, self.prompt_tokens - match.matched_tokens.get(endpoint.slot, 0))
 
 
 TOKEN_BYTES = 4
@@ -218,6 +285,10 @@ class Usage(NamedTuple):
     cached_tokens: int = -1
 
 
+NO_TARGETS: Mapping[str, Endpoint] = MappingProxyType({})
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+
 class Decision(NamedTuple):
     """Where a request goes."""
 
@@ -225,13 +296,17 @@ class Decision(NamedTuple):
     fallbacks: tuple[Endpoint, ...]
     """In order, for gateways that take a list; empty by default."""
     profile: str
+    targets: Mapping[str, Endpoint] = NO_TARGETS
+    """Profile -> endpoint, of the other profiles that ran (`prefill`, `encode`): each does a part of the request's work."""
+    headers: Mapping[str, str] = NO_HEADERS
+    """What to tell the engine in request headers (`x-prefiller-host-port`)."""
+    instead: str = ""
+    """The destination to give the gateway where it is not the endpoint itself (data-parallel ranks behind one port)."""
 
     @property
     def destination(self) -> str:
+        if self.instead:
+            return self.instead
         if not self.fallbacks:
             return self.endpoint.destination
         return ",".join([self.endpoint.destination, *(e.destination for e in self.fallbacks)])
-
-
-Observer = Callable[[LLMRequest, Endpoint], None]
-"""A plugin's hook, called with the request and the endpoint it concerns."""

@@ -75,6 +75,4 @@ def _envoy_options(args: argparse.Namespace, picker: Picker) -> EnvoyOptions:
 def _welcome(settings: EnvoyOptions, picker: Picker) -> str:
     host = LOOPBACK if settings.listen.host in ("0.0.0.0", "::") else settings.listen.host  # noqa: S104 - compared, not bound
     base = f"http://{Address(host, settings.listen.port)}"
-    return (
-        f"ready: {base}/v1 in front of {len(settings.endpoints)} endpoints; metrics: http://{LOOPBACK}:{picker.metrics_server.port}/metrics"
-    )
+    return f"ready: {base}/v1 in front of {len(settings.endpoints)} endpoints; metrics: http://{LOOPBACK}:{picker.http.port}/metrics"

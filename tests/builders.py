@@ -14,15 +14,18 @@ from google.protobuf import json_format
 
 from epp._pb import epp_ext_proc_pb2 as pb
 from epp.clock import VirtualClock
-from epp.config.load import default_config, load
 from epp.datastore import Datastore, Reading
+from epp.decisions import Decisions
 from epp.director import Director
 from epp.extproc import codec
 from epp.extproc.messages import BodyMode
 from epp.extproc.session import Limits, Session
 from epp.observe.metrics import Metrics
+from epp.outliers import Outliers
 from epp.plugins.registry import Registry
-from epp.scheduling.build import Built, build
+from epp.policy import Policy
+from epp.resources import Resources
+from epp.scheduling.build import Built
 from epp.types import Address, Endpoint, EndpointSpec, LLMRequest
 
 DESTINATION = "x-gateway-destination-endpoint"
@@ -59,11 +62,22 @@ class Core:
 
     clock: VirtualClock
     datastore: Datastore
-    built: Built
+    policy: Policy
+    resources: Resources
+    outliers: Outliers
     metrics: Metrics
     director: Director
     limits: Limits
     sessions: list[Session] = field(default_factory=list)
+
+    @property
+    def built(self) -> Built:
+        return self.policy.built
+
+    def use(self, config: str) -> None:
+        """Another configuration takes over."""
+        self.policy.apply(config, "test")
+        self.director.use(self.policy.built.scheduler, self.policy.routes)
 
     def session(self) -> Session:
         made = Session(self.director, self.limits, self.clock)
@@ -103,25 +117,31 @@ def core(
     unknown_paths_ok: bool = False,
     subset_filter: bool = True,
     test_headers: bool = False,
+    emit_scores: bool = False,
 ) -> Core:
     clock = VirtualClock(1000.0)
     datastore = Datastore(clock)
     datastore.apply([spec(number + 1) for number in range(endpoints)] if isinstance(endpoints, int) else endpoints)
-    registry = Registry()
-    parsed = load(config, source="test", catalogue=registry) if config else default_config()
-    built = build(parsed, registry, random.Random(7))
+    policy = Policy(datastore, Registry(), clock, random.Random(7), unknown_paths_ok=unknown_paths_ok, allow_experimental=True)
+    policy.apply(config, "test")
+    resources = Resources(random.Random(8))
+    outliers = Outliers(datastore, clock)
     metrics = Metrics(clock=clock, pool=datastore)
     limits = Limits(body_bytes_max, buffered_bytes_max, lambda name: metrics.limit_hits.__setitem__(name, metrics.limit_hits[name] + 1))
     director = Director(
         datastore,
-        built.scheduler,
+        policy.built.scheduler,
+        policy.routes,
         metrics,
         clock,
-        unknown_paths_ok=unknown_paths_ok,
+        resources=resources,
+        outliers=outliers,
         subset_filter=subset_filter,
         test_headers=test_headers,
+        decisions=Decisions(clock, 16),
+        emit_scores=emit_scores,
     )
-    return Core(clock, datastore, built, metrics, director, limits)
+    return Core(clock, datastore, policy, resources, outliers, metrics, director, limits)
 
 
 # The messages a gateway sends.
@@ -189,9 +209,10 @@ def response_headers(
     upstream_address: str = "",
     code_details: str = "",
     end_of_stream: bool = False,
+    headers: Mapping[str, str] | None = None,
 ) -> pb.ProcessingRequest:
-    headers = _header_map({":status": str(status), "content-type": content_type})
-    message = pb.ProcessingRequest(response_headers=pb.HttpHeaders(headers=headers, end_of_stream=end_of_stream))
+    sent = _header_map({":status": str(status), "content-type": content_type, **(headers or {})})
+    message = pb.ProcessingRequest(response_headers=pb.HttpHeaders(headers=sent, end_of_stream=end_of_stream))
     if served:
         message.metadata_context.CopyFrom(metadata({"envoy.lb": {f"{DESTINATION}-served": served}}))
     attributes = {"upstream.address": upstream_address, "response.code_details": code_details}

@@ -7,7 +7,7 @@ Cost: about 1 µs to read a body message, 8 µs for 15 request headers, 1 µs to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, lru_cache
 from typing import Any
 
@@ -34,7 +34,9 @@ from epp.extproc.messages import (
 )
 
 DESTINATION = "x-gateway-destination-endpoint"
+SCORES = "x-gateway-destination-endpoint-scores"
 SERVED = "x-gateway-destination-endpoint-served"
+LOAD = "endpoint-load-metrics"
 SUBSET = "x-gateway-destination-endpoint-subset"
 LB_NAMESPACE = "envoy.lb"
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
@@ -110,7 +112,7 @@ def _subset(filter_metadata: Any) -> tuple[str, ...] | None:
 
 def _response_headers(message: pb.ProcessingRequest) -> ResponseHeaders:
     part = message.response_headers
-    status, event_stream = 0, False
+    status, event_stream, load = 0, False, ""
     for header in part.headers.headers:
         key = header.key
         if key == ":status":
@@ -118,6 +120,16 @@ def _response_headers(message: pb.ProcessingRequest) -> ResponseHeaders:
             status = int(text) if len(text) == STATUS_DIGITS and text.isdigit() else 0
         elif key == "content-type":
             event_stream = (header.raw_value or header.value).startswith(b"text/event-stream")
+        elif key == LOAD:
+            load = bytes(header.raw_value or header.value).decode("ascii", "replace")
+    served, details = _served(message)
+    return ResponseHeaders(
+        status, event_stream=event_stream, served=served, code_details=details, end_of_stream=part.end_of_stream, load=load
+    )
+
+
+def _served(message: pb.ProcessingRequest) -> tuple[str, str]:
+    """Who answered, and Envoy's `response.code_details`; empty where the gateway does not say."""
     served, details = "", ""
     if message.HasField("metadata_context"):
         filter_metadata = message.metadata_context.filter_metadata
@@ -131,7 +143,7 @@ def _response_headers(message: pb.ProcessingRequest) -> ResponseHeaders:
             served = fields["upstream.address"].string_value
         if "response.code_details" in fields:
             details = fields["response.code_details"].string_value
-    return ResponseHeaders(status, event_stream=event_stream, served=served, code_details=details, end_of_stream=part.end_of_stream)
+    return served, details
 
 
 _READERS: dict[str, Callable[[pb.ProcessingRequest], Event]] = {
@@ -193,8 +205,19 @@ def _streamed_body(reply: StreamedBody) -> list[bytes | memoryview]:
     size = len(body)
     if size < _HEADS_MAX:
         head = _HEADS[reply.response][reply.end_of_stream][size]
-        return [head, body] if size else [head]
-    return [_streamed_head(size, reply.end_of_stream, reply.response), body]
+        parts: list[bytes | memoryview] = [head, body] if size else [head]
+    else:
+        parts = [_streamed_head(size, reply.end_of_stream, reply.response), body]
+    if reply.metadata is not None:
+        parts.append(_metadata(reply.metadata))
+    return parts
+
+
+def _metadata(namespaces: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """ProcessingResponse.dynamic_metadata."""
+    message = pb.ProcessingResponse()
+    message.dynamic_metadata.update({namespace: dict(values) for namespace, values in namespaces.items()})
+    return message.SerializeToString()
 
 
 def _streamed_head(size: int, end_of_stream: bool, response: bool) -> bytes:
@@ -232,6 +255,10 @@ def _header_option(key: str, value: str) -> bytes:
 def _route(reply: RouteReply) -> bytes:
     """ProcessingResponse.{request_headers,request_body}.response.header_mutation.set_headers, and dynamic_metadata."""
     options, metadata = _destination_parts(reply.destination)
+    if reply.scores is not None:
+        metadata = _metadata({LB_NAMESPACE: {DESTINATION: reply.destination, SCORES: dict(reply.scores)}})
+    if reply.set:
+        options += b"".join(_header_option(name, value) for name, value in reply.set.items())
     if reply.content_length >= 0:
         options += _header_option("content-length", str(reply.content_length))
     if reply.request_id:
@@ -286,9 +313,10 @@ def _override(request_mode: BodyMode) -> bytes:
 
 def _continue_body(reply: ContinueBody) -> bytes:
     """ProcessingResponse.{request_body,response_body}[.response.body_mutation]."""
+    metadata = b"" if reply.metadata is None else _metadata(reply.metadata)
     if reply.body is None:
-        return _RESPONSE_BODY if reply.response else _REQUEST_BODY
-    return _field(b"\x22" if reply.response else b"\x1a", _field(b"\x0a", _replaced(reply.body)))
+        return (_RESPONSE_BODY if reply.response else _REQUEST_BODY) + metadata
+    return _field(b"\x22" if reply.response else b"\x1a", _field(b"\x0a", _replaced(reply.body))) + metadata
 
 
 def _immediate(reply: Immediate) -> bytes:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
+
+from epp.types import NO_HEADERS
 
 
 class BodyMode(IntEnum):
@@ -53,10 +56,12 @@ class RequestTrailers(Event):
 
 
 class ResponseHeaders(Event):
-    __slots__ = ("code_details", "end_of_stream", "event_stream", "served", "status")
+    __slots__ = ("code_details", "end_of_stream", "event_stream", "load", "served", "status")
 
-    def __init__(self, status: int, *, event_stream: bool, served: str, code_details: str, end_of_stream: bool) -> None:
+    def __init__(self, status: int, *, event_stream: bool, served: str, code_details: str, end_of_stream: bool, load: str = "") -> None:
         self.status = status
+        self.load = load
+        """What the engine says of its load (`endpoint-load-metrics`)."""
         self.event_stream = event_stream
         self.served = served
         """`ip:port` that answered, from the gateway; empty when it does not say or no upstream answered."""
@@ -92,7 +97,7 @@ class Reply:
 class RouteReply(Reply):
     """The reply that carries the destination, in the header and in `envoy.lb` metadata (rule 5)."""
 
-    __slots__ = ("body", "content_length", "destination", "in_body", "keep_request_mode", "remove", "request_id")
+    __slots__ = ("body", "content_length", "destination", "in_body", "keep_request_mode", "remove", "request_id", "scores", "set")
 
     def __init__(
         self,
@@ -104,8 +109,14 @@ class RouteReply(Reply):
         body: bytes | None = None,
         remove: tuple[str, ...] = (),
         keep_request_mode: BodyMode | None = None,
+        set: Mapping[str, str] = NO_HEADERS,  # noqa: A002 - as the protocol calls it
+        scores: Mapping[str, float] | None = None,
     ) -> None:
         self.destination = destination
+        self.set = set
+        """Request headers for the engine."""
+        self.scores = scores
+        """`--emit-endpoint-scores`: destination -> total score."""
         self.keep_request_mode = keep_request_mode
         """As in ContinueHeaders."""
         self.body = body
@@ -143,10 +154,14 @@ class ContinueHeaders(Reply):
 class StreamedBody(Reply):
     """A piece of body handed back (FULL_DUPLEX_STREAMED): what is not sent back is lost (rule 3)."""
 
-    __slots__ = ("body", "end_of_stream", "response")
+    __slots__ = ("body", "end_of_stream", "metadata", "response")
 
-    def __init__(self, body: bytes | memoryview, *, end_of_stream: bool, response: bool) -> None:
+    def __init__(
+        self, body: bytes | memoryview, *, end_of_stream: bool, response: bool, metadata: Mapping[str, Mapping[str, float]] | None = None
+    ) -> None:
         self.body = body
+        self.metadata = metadata
+        """Namespace -> name -> number, for the gateway's dynamic metadata."""
         self.end_of_stream = end_of_stream
         self.response = response
 
@@ -154,10 +169,12 @@ class StreamedBody(Reply):
 class ContinueBody(Reply):
     """The answer to a piece of body that is not handed back (STREAMED, BUFFERED, BUFFERED_PARTIAL)."""
 
-    __slots__ = ("body", "response")
+    __slots__ = ("body", "metadata", "response")
 
-    def __init__(self, *, response: bool, body: bytes | None = None) -> None:
+    def __init__(self, *, response: bool, body: bytes | None = None, metadata: Mapping[str, Mapping[str, float]] | None = None) -> None:
         self.response = response
+        self.metadata = metadata
+        """As in StreamedBody."""
         self.body = body
         """What goes on in its place; None: the piece stays as it is."""
 

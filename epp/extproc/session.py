@@ -19,7 +19,7 @@ from enum import Enum, auto
 from typing import ClassVar
 
 from epp.clock import Clock
-from epp.director import Director, Exchange
+from epp.director import Director
 from epp.errors import (
     BadRequestError,
     BodyTooLargeError,
@@ -29,6 +29,7 @@ from epp.errors import (
     GatewayError,
     TooManyHeadersError,
 )
+from epp.exchange import Exchange
 from epp.extproc.answers import immediate
 from epp.extproc.limits import Limits
 from epp.extproc.messages import (
@@ -185,7 +186,7 @@ class Session:
         if event.end_of_stream or mode is BodyMode.NONE:
             return self._route()  # there is no body to see
         shown = event.body_unasked and "trailer" not in headers  # Envoy holds announced trailers, and so the body's end, until we answer
-        if (mode is BodyMode.STREAMED and not shown) or not routes.needs_body(self._path, headers):
+        if (mode is BodyMode.STREAMED and not shown) or not self._director.needs_body(self._path, headers):
             self._passing = True
             return self._route()
         if mode in _HELD_BY_GATEWAY:  # the body is not sent before an answer to the headers (rule 4)
@@ -194,7 +195,7 @@ class Session:
 
     def _unwanted_response_body(self) -> BodyMode | None:
         """A response held by the gateway until it is whole would hold back the first token: ask not to be shown it."""
-        if self._response_mode not in _HELD_BY_GATEWAY or (self._headers and self._director.renames(self._headers.headers)):
+        if self._response_mode not in _HELD_BY_GATEWAY or (self._headers and self._director.sees_response_bodies(self._headers.headers)):
             return None
         return self._request_mode
 
@@ -253,6 +254,7 @@ class Session:
                 event_stream=event.event_stream,
                 served=event.served,
                 code_details=event.code_details,
+                load=event.load,
             )
             if exchange.restorer is not None and self._response_mode is not BodyMode.NONE and not event.end_of_stream:
                 remove = ("content-length",)  # the client's name for the model may be longer or shorter
@@ -262,12 +264,19 @@ class Session:
             self._request_mode not in _STREAMED_BACK and self._unwanted_response_body() is not None
         ):
             self._end_unseen = True
-        return [ContinueHeaders(response=True, set=self._director.response_headers(event.served), remove=remove)]
+        return [ContinueHeaders(response=True, set=self._added_headers(event.served), remove=remove)]
+
+    def _added_headers(self, served: str) -> dict[str, str] | None:
+        try:
+            return self._director.response_headers(self._exchange, served)
+        except Exception:  # noqa: BLE001 - as in `_learn`
+            _log.exception("unexpected error while adding response headers")
+            return None
 
     def _on_response_body(self, event: ResponseBody) -> list[Reply]:
         exchange, body, ends = self._exchange, event.body, event.end_of_stream
         streamed = self._response_mode in _STREAMED_BACK
-        restored = None
+        restored = metadata = None
         if exchange is not None:
             if body:
                 self._learn(exchange.response_chunk, body)
@@ -275,9 +284,10 @@ class Session:
                 restored = exchange.restorer.feed(body, last=ends or not streamed)
             if ends:
                 self._complete()
+                metadata = exchange.report()
         if streamed:
-            return [StreamedBody(body if restored is None else restored, end_of_stream=ends, response=True)]
-        return [ContinueBody(response=True, body=None if restored == body else restored)]
+            return [StreamedBody(body if restored is None else restored, end_of_stream=ends, response=True, metadata=metadata)]
+        return [ContinueBody(response=True, body=None if restored == body else restored, metadata=metadata)]
 
     def _on_response_trailers(self, _event: Event) -> list[Reply]:
         exchange = self._exchange
@@ -313,7 +323,7 @@ class Session:
         new_id = "" if request_id else str(uuid.uuid4())
         request = LLMRequest(id=request_id or new_id, path=self._path, headers=headers)
         seen = body if self._pieces and not cut else None
-        if event.end_of_stream and headers.get(":method") == "POST" and routes.needs_body(self._path, headers):
+        if event.end_of_stream and headers.get(":method") == "POST" and self._director.needs_body(self._path, headers):
             seen = b""  # `content-length: 0`: as good as an empty body
         exchange = self._exchange = self._director.route(request, seen, event.subset, self._started_s)
         self._phase = Phase.ROUTED
@@ -321,19 +331,23 @@ class Session:
         remove = self._director.own_headers(headers)
         destination = self._destination = exchange.decision.destination
         mode, pieces, renamed = self._request_mode, self._pieces, exchange.body
+        told = exchange.decision.headers
+        if told and remove:  # those of a client's headers that we set anew are not also removed
+            remove = tuple(name for name in remove if name not in told)
+        scores = exchange.scores() if self._director.emit_scores else None
         if mode is BodyMode.FULL_DUPLEX_STREAMED:
             body = body if renamed is None else renamed
-            route = RouteReply(destination, len(body) if body else -1, new_id, remove=remove)
+            route = RouteReply(destination, len(body) if body else -1, new_id, remove=remove, set=told, scores=scores)
             return [route, *_streamed(body, ends=not trailers)] if pieces else [route]
         if mode is BodyMode.STREAMED or not pieces:
             if renamed is not None:
                 remove = (*remove, "content-length")
             override = self._unwanted_response_body()
-            route = RouteReply(destination, request_id=new_id, remove=remove, keep_request_mode=override)
+            route = RouteReply(destination, request_id=new_id, remove=remove, keep_request_mode=override, set=told, scores=scores)
             instead = [None] * pieces if renamed is None else [renamed, *[b""] * (pieces - 1)]
             return [route, *(ContinueBody(response=False, body=piece) for piece in instead)]
         length = -1 if renamed is None else len(renamed)
-        return [RouteReply(destination, length, new_id, in_body=True, body=renamed, remove=remove)]
+        return [RouteReply(destination, length, new_id, in_body=True, body=renamed, remove=remove, set=told, scores=scores)]
 
     def _answer(self, error: EppError) -> list[Reply]:
         self._drop_body()

@@ -6,7 +6,7 @@ the same cells over fewer labels. Not here: the cells (series), the text (text) 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from epp.observe.series import Histogram, RequestSeries
@@ -162,6 +162,28 @@ POLL_ERRORS = Name(
     "Data-source poll errors per source type.",
     "llm_d_inference_scheduler_datalayer_poll_errors_total",
 )
+
+
+REWRITES = Name(
+    "model_rewrite_decisions_total",
+    "Total number of inference model rewrite decisions.",
+    "inference_extension_model_rewrite_decisions_total",
+)
+STAGES = Name(
+    "disagg_decision_total",
+    "Total number of disaggregation routing decisions made, by which stages a request runs in.",
+    "llm_d_inference_scheduler_disagg_decision_total",
+)
+
+
+def stage_families(decisions: Mapping[tuple[str, str], Mapping[tuple[str, str], int]]) -> Iterator[Family]:
+    """(plugin name, plugin type) -> (model, stages) -> count, as families."""
+    if not decisions:
+        return
+    rows = [((name, type_, model, stages), count) for (name, type_), its in decisions.items() for (model, stages), count in its.items()]
+    labels = ("plugin_name", "plugin_type", "model_name", "decision_type")
+    yield Family(STAGES.full, STAGES.help, "counter", labels, [(values, float(count)) for values, count in rows])
+    yield Family(STAGES.twin, STAGES.twin_help, "counter", labels[2:], _summed((values[2:], float(count)) for values, count in rows))
 
 
 def with_twin(

@@ -13,7 +13,7 @@ Cost per request: `series` 0.15 µs, each `observe` 0.15 µs, `picked` 0.2 µs.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Metric, PlatformCollector, ProcessCollector
@@ -48,17 +48,27 @@ class PollView(Protocol):
     def poll_errors_total(self) -> int: ...
 
 
+class OutlierView(Protocol):
+    """What is needed of the passive health checks; `epp.outliers.Outliers` is such."""
+
+    @property
+    def ejections_total(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+
 class BoundedLabel:
-    """Lets the first `values_max` distinct values through; the rest become `other`."""
+    """Lets the first `values_max` distinct values through; the rest become `other`. Names in `always` are let through whenever they come."""
 
     def __init__(self, values_max: int) -> None:
         self._values_max = values_max
+        self.always: Callable[[], Container[str]] = tuple
         self._seen: set[str] = set()
 
     def fold(self, value: str) -> str:
         if value in self._seen:
             return value
-        if len(self._seen) < self._values_max:
+        if len(self._seen) < self._values_max or value in self.always():
             self._seen.add(value)
             return value
         return OTHER
@@ -95,11 +105,18 @@ class Metrics:
             self.registry.register(PlatformCollector(registry=None))
         self._clock = clock
         self._pool = pool
-        self._indexes = indexes or {}
-        self._polls = polls or {}
+        self.indexes = indexes or {}
+        self.stage_decisions: Mapping[tuple[str, str], Mapping[tuple[str, str], int]] = {}
+        """(plugin name, plugin type) -> (model, which stages ran) -> decisions."""
+        self.config_reloads: defaultdict[str, int] = defaultdict(int)
+        """Outcome (`applied`, `rejected`) -> times the configuration file changed."""
+        self.outliers: OutlierView | None = None
+        self._rewrites: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+        self.polls = polls or {}
         self._staleness_s = staleness_s
         self._build = (commit, build_ref)
-        self._models = BoundedLabel(label_values_max)
+        self.models = BoundedLabel(label_values_max)
+        """Model names as labels; `always` is for those the operator writes in rewrite rules."""
         self._fairness_ids = BoundedLabel(label_values_max)
         self._series_max = series_max
         self._attempts_max = attempts_max
@@ -123,7 +140,11 @@ class Metrics:
 
     def not_picked(self, target_model: str) -> None:
         """Scheduling failed: one attempt without an endpoint."""
-        self._failures[self._models.fold(target_model)] += 1
+        self._failures[self.models.fold(target_model)] += 1
+
+    def rewritten(self, rewrite: str, model: str, target_model: str) -> None:
+        """An InferenceModelRewrite gave a request another model."""
+        self._rewrites[rewrite, self.models.fold(model), target_model] += 1
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """Body and content type for an `Accept` header: the plain text format 0.0.4, or OpenMetrics if asked for."""
@@ -157,13 +178,24 @@ class Metrics:
         )
         yield from families.unlabelled(families.HIT_RATIOS, self.prefix_hit_ratio)
         yield from families.unlabelled(families.HIT_LENGTHS, self.prefix_hit_bytes)
-        sizes = [(names, float(index.blocks)) for names, index in self._indexes.items()]
+        sizes = [(names, float(index.blocks)) for names, index in self.indexes.items()]
         yield from families.with_twin(families.INDEX_SIZE, "gauge", ("plugin_name", "plugin_type"), sizes)
-        errors = [((source_type,), float(poll.poll_errors_total)) for source_type, poll in self._polls.items()]
+        errors = [((source_type,), float(poll.poll_errors_total)) for source_type, poll in self.polls.items()]
         yield from families.with_twin(families.POLL_ERRORS, "counter", ("source_type",), errors)
         yield from families.with_twin(families.INFO, "gauge", ("commit", "build_ref"), [(self._build, 1.0)])
+        rewrites = [(key, float(count)) for key, count in list(self._rewrites.items())]
+        yield from families.with_twin(families.REWRITES, "counter", ("model_rewrite_name", "model_name", "target_model"), rewrites)
+        yield from families.stage_families(self.stage_decisions)
+        reloads = [((outcome,), float(count)) for outcome, count in list(self.config_reloads.items())]
+        yield families.Family("epp_config_reloads_total", "Changes of the configuration file.", "counter", ("outcome",), reloads)
         hits = [((limit,), float(count)) for limit, count in list(self.limit_hits.items())]
         yield families.Family("epp_limit_hits_total", "Times a named limit of the picker was hit.", "counter", ("limit",), hits)
+        if self.outliers is not None:
+            help_text = "Endpoints left out because requests sent to them failed."
+            yield families.Family("epp_ejected_endpoints", help_text, "gauge", (), [((), float(len(self.outliers)))])
+            yield families.Family(
+                "epp_ejections_total", "Times an endpoint was left out.", "counter", (), [((), float(self.outliers.ejections_total))]
+            )
         if self._pool is not None:
             yield from pool_families(self._pool, self._clock.now_s(), self._staleness_s)
 
@@ -177,7 +209,7 @@ class Metrics:
 
     def _admit(self, model: str, target_model: str, fairness_id: str, priority: int) -> RequestSeries:
         wanted = (model, target_model, fairness_id, priority)
-        key = (self._models.fold(model), self._models.fold(target_model), self._fairness_ids.fold(fairness_id), priority)
+        key = (self.models.fold(model), self.models.fold(target_model), self._fairness_ids.fold(fairness_id), priority)
         if key not in self._series and len(self._series) >= self._series_max:
             key = (OTHER, OTHER, OTHER, priority)  # priorities are the operator's, few
         if key != wanted:
@@ -187,7 +219,7 @@ class Metrics:
         return self._series[key]
 
     def _first_attempt(self, target_model: str, endpoint: Endpoint) -> None:
-        target_model, destination = self._models.fold(target_model), endpoint.destination
+        target_model, destination = self.models.fold(target_model), endpoint.destination
         if (target_model, destination) not in self._attempts and len(self._attempts) >= self._attempts_max:
             self.limit_hits["metric_labels"] += 1
             destination = OTHER

@@ -19,6 +19,9 @@ PRODUCER = "inflight-load-producer"
 """The reference picker's name for what counts requests in flight; part of its label set."""
 
 
+_IN_SERVICE = frozenset({"healthy", "half-open"})
+
+
 class PoolView(Protocol):
     """What is needed of the pool; `epp.datastore.Datastore` is one."""
 
@@ -68,7 +71,7 @@ def pool_families(pool: PoolView, now_s: float, staleness_s: float = STALENESS_S
         deviation = Name(f"std_dev_{family}", f"The standard deviation {text}")
         yield from with_twin(average, "gauge", ("name",), [(pool_label, round(fmean(values), 2))] if values else [])
         yield from with_twin(deviation, "gauge", ("name",), [(pool_label, round(pstdev(values), 2))] if values else [])
-    yield from with_twin(_READY, "gauge", ("name",), [(pool_label, float(sum(endpoint.healthy for endpoint in endpoints)))])
+    yield from with_twin(_READY, "gauge", ("name",), [(pool_label, float(sum(endpoint.state in _IN_SERVICE for endpoint in endpoints)))])
     yield from with_twin(
         _QUEUES,
         "gauge",

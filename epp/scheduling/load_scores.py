@@ -7,9 +7,10 @@ Cost: about 1 µs per changed endpoint and scorer; a whole recomputation (anothe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import NamedTuple
 
 from epp.plugins.base import PointwiseScorer, RangeScorer, Scorer, range_score
 from epp.types import Endpoint, LLMRequest, Snapshot
@@ -21,6 +22,19 @@ class Weighted:
 
     scorer: Scorer
     weight: float
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.scorer, "name", type(self.scorer).__name__))
+
+
+class Column(NamedTuple):
+    """One scorer's opinion of each endpoint that was scored."""
+
+    plugin: str
+    weight: float
+    scores: Sequence[float] | Mapping[int, float]
+    """In the endpoints' order; sparse ones by slot."""
 
 
 def clamp(score: float) -> float:
@@ -108,6 +122,7 @@ class LoadScores:
 
     def __init__(self, scorers: Sequence[Weighted]) -> None:
         self._scorers = [(_kept(weighted.scorer), weighted.weight) for weighted in scorers]
+        self._names = [weighted.name for weighted in scorers]
         self._totals: list[float] = []
         self._candidates: Snapshot | None = None
         self._count = -1
@@ -129,6 +144,15 @@ class LoadScores:
         else:
             self._update(request, candidates, slots)
         return self._totals
+
+    @property
+    def kept(self) -> list[float]:
+        """The list `totals` returned last."""
+        return self._totals
+
+    def columns(self) -> list[Column]:
+        """The scores that make up the totals, as they are now."""
+        return [Column(name, weight, list(kept.scores)) for name, (kept, weight) in zip(self._names, self._scorers, strict=True)]
 
     def _update(self, request: LLMRequest, candidates: Snapshot, slots: Sequence[int]) -> None:
         only_these = True

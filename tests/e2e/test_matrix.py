@@ -150,18 +150,18 @@ def cells() -> list[Cell]:
             Cell("a small chat", client, small),
             Cell("a chat of 1 MB", client, large),
             Cell("a chat of 10 MB", client, huge),
-            Cell("an empty POST", client, b"", path="/v1/embeddings"),
+            Cell("an empty POST", client, b"", path="/v1/audio/transcriptions"),
             Cell("1 MB nobody reads", client, bytes(reversed(large)), path=UPLOAD),
         ]
     return [
         *found,
         Cell("a small chat in chunks", Http1, small, chunked=True),
         Cell("a chat of 1 MB in chunks", Http1, large, chunked=True),
-        Cell("an empty POST in chunks", Http1, b"", path="/v1/embeddings", chunked=True),
+        Cell("an empty POST in chunks", Http1, b"", path="/v1/audio/transcriptions", chunked=True),
         Cell("1 MB nobody reads, in chunks", Http1, bytes(reversed(large)), path=UPLOAD, chunked=True),
         Cell("a small chat with trailers", Http2, small, trailers=True),
         Cell("a chat of 1 MB with trailers", Http2, large, trailers=True),
-        Cell("an empty POST with trailers", Http2, b"", path="/v1/embeddings", trailers=True),
+        Cell("an empty POST with trailers", Http2, b"", path="/v1/audio/transcriptions", trailers=True),
         Cell("1 MB nobody reads, with trailers", Http2, bytes(reversed(large)), path=UPLOAD, trailers=True),
     ]
 

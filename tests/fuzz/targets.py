@@ -24,8 +24,9 @@ from epp.extproc.h2_policy import H2Limits, Shared
 from epp.extproc.health import Health
 from epp.extproc.messages import BodyMode, Event, Immediate, Reply
 from epp.extproc.session import Session
-from epp.parsing import routes
+from epp.parsing.media import REQUEST_TOKENS_MAX
 from epp.parsing.model_name import ModelRestorer, with_model
+from epp.parsing.routes import Routes
 from epp.parsing.usage import JsonUsage, SseUsage
 from epp.types import LLMRequest
 from tests.builders import (
@@ -194,6 +195,7 @@ def _is_answer(reply: Reply) -> bool:
 
 # Request bodies and responses
 
+_routes = Routes.default(unknown_paths_ok=False)
 _PATHS = (PATH, "/v1/completions", "", "/v1/embeddings", "/nowhere")
 
 
@@ -209,12 +211,12 @@ def request(data: bytes) -> None:
     head, body = data[0] if data else 0, data[1:]
     read = LLMRequest(id="r", path=_PATHS[head % len(_PATHS)], headers={})
     try:
-        routes.parse(read, body, unknown_paths_ok=False)
+        _routes.parse(read, body)
     except (BadRequestError, NotFoundError):
         return
     finally:
         _respond(head, body)
-    assert 0 <= read.prompt_tokens <= len(body)
+    assert 0 <= read.prompt_tokens <= len(body) + (2 * REQUEST_TOKENS_MAX if read.media or b"embeds" in body else 0)
     if read.model:
         assert _decode_named(with_model(body, "t")).model == "t"
 

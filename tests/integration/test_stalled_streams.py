@@ -19,7 +19,7 @@ from tests.integration.test_many_streams import HEADERS, Client, replies
 from tests.integration.test_transports import HOST, TRANSPORTS, Server, connections, eventually, limits, peer_of, serving
 
 PIECE = 10_000
-OPENING = framed(request_headers(path="/v1/embeddings").SerializeToString())
+OPENING = framed(request_headers(path="/v1/audio/transcriptions").SerializeToString())
 UPLOAD = framed(request_body(b"x" * PIECE).SerializeToString())
 """Passes by, so it comes back at once."""
 

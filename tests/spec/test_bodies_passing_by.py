@@ -33,7 +33,7 @@ from tests.builders import (
 CHUNK_MAX = 62_000
 BUFFERED, STREAMED, PARTIAL = BodyMode.BUFFERED, BodyMode.STREAMED, BodyMode.BUFFERED_PARTIAL
 UNREAD: list[tuple[str, Mapping[str, str | bytes]]] = [
-    ("/v1/embeddings", {}),
+    ("/v1/audio/transcriptions", {}),
     ("/v1/audio/transcriptions", {"content-type": "multipart/form-data"}),
     (PATH, {"upgrade": "websocket"}),
     (PATH, {"content-encoding": "gzip"}),
@@ -70,7 +70,7 @@ def test_full_duplex_echoes_each_piece_at_once(path: str, headers: Mapping[str, 
 @pytest.mark.parametrize("size", [CHUNK_MAX + 1, 2 * CHUNK_MAX, 1_000_000])
 def test_full_duplex_a_large_piece_is_echoed_in_small_ones(size: int, end: bool) -> None:
     piece = chat_of(size)
-    stream = opened(core(), "/v1/embeddings", {})
+    stream = opened(core(), "/v1/audio/transcriptions", {})
     came = stream.send(request_body(piece, end_of_stream=end))
     assert echoed(came) == piece
     assert max(len(r.request_body.response.body_mutation.streamed_response.body) for r in came) <= CHUNK_MAX
@@ -88,18 +88,18 @@ def test_full_duplex_trailers_end_it(path: str, headers: Mapping[str, str | byte
 
 
 def test_full_duplex_trailers_alone_get_no_body_reply() -> None:
-    assert kinds(opened(core(), "/v1/embeddings", {}).send(request_trailers())) == ["request_trailers"]
+    assert kinds(opened(core(), "/v1/audio/transcriptions", {}).send(request_trailers())) == ["request_trailers"]
 
 
 def test_full_duplex_nothing_is_echoed_after_the_end() -> None:
-    stream = opened(core(), "/v1/embeddings", {})
+    stream = opened(core(), "/v1/audio/transcriptions", {})
     stream.send(request_body(b"x", end_of_stream=True))
     assert stream.send(request_body(b"again", end_of_stream=True), request_body()) == []
 
 
 @pytest.mark.parametrize("modes", [FULL_DUPLEX, None])
 def test_full_duplex_a_half_close_ends_the_body_once(modes: tuple[BodyMode, BodyMode] | None) -> None:
-    stream = opened(world := core(), "/v1/embeddings", {}, modes)
+    stream = opened(world := core(), "/v1/audio/transcriptions", {}, modes)
     stream.send(request_body(b"abc"))
     came = stream.half_close()
     assert (echoed(came), ends(came)) == (b"", [True])
@@ -110,7 +110,7 @@ def test_full_duplex_a_half_close_ends_the_body_once(modes: tuple[BodyMode, Body
 
 
 def test_a_closed_stream_says_nothing_though_its_body_never_ended() -> None:
-    stream = opened(core(), "/v1/embeddings", {})
+    stream = opened(core(), "/v1/audio/transcriptions", {})
     stream.send(request_body(b"abc"))
     stream.close()
     assert stream.half_close() == []
@@ -118,7 +118,7 @@ def test_a_closed_stream_says_nothing_though_its_body_never_ended() -> None:
 
 
 def test_a_body_passing_by_may_be_longer_than_any_limit() -> None:
-    stream = opened(world := core(body_bytes_max=1_000, buffered_bytes_max=2_000), "/v1/embeddings", {})
+    stream = opened(world := core(body_bytes_max=1_000, buffered_bytes_max=2_000), "/v1/audio/transcriptions", {})
     for _ in range(50):
         assert echoed(stream.send(request_body(b"x" * 10_000))) == b"x" * 10_000
     assert world.metrics.limit_hits == {}
@@ -185,7 +185,7 @@ def test_it_is_routed_by_load() -> None:
     for number, waiting in enumerate([5.0, 0.0, 9.0], 1):
         world.read(number, waiting=waiting)
     stream = Stream(world.session())
-    (route,) = stream.send(request_headers(path="/v1/embeddings"))
+    (route,) = stream.send(request_headers(path="/v1/audio/transcriptions"))
     assert destination_of(route) == "10.0.0.2:8000"
 
 
@@ -311,8 +311,8 @@ def test_no_mode_is_overridden_without_need_nor_in_full_duplex_where_it_is_ignor
 
 @pytest.mark.parametrize("request_mode", [BUFFERED, PARTIAL, STREAMED, BodyMode.NONE])
 def test_a_buffered_response_is_not_wanted_either_where_the_request_is_routed_on_its_headers(request_mode: BodyMode) -> None:
-    """`/v1/messages` streams its answers as chats do."""
-    (reply,) = Stream(core().session()).send(request_headers(path="/v1/messages", modes=(request_mode, BUFFERED)))
+    """`/v1/realtime` streams its answers as chats do."""
+    (reply,) = Stream(core().session()).send(request_headers(path="/v1/realtime", modes=(request_mode, BUFFERED)))
     assert destination_of(reply) == "10.0.0.1:8000"
     override = reply.mode_override
     assert reply.HasField("mode_override")

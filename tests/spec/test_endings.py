@@ -72,7 +72,7 @@ def test_how_a_request_ended_is_counted(modes: Modes, after: Sequence[pb.Process
     assert world.inflight == (0, 0, 0, 0)
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/chat/completions"])
+@pytest.mark.parametrize("path", ["/v1/audio/transcriptions", "/v1/chat/completions"])
 def test_a_half_close_before_the_body_ended_is_a_normal_end_for_a_peer_without_a_response_phase(path: str) -> None:
     world = core()
     stream = Stream(world.session())
@@ -147,7 +147,7 @@ def test_an_address_that_is_no_endpoints_moves_nothing(served: str) -> None:
 
 def test_the_next_turn_of_a_conversation_follows_the_cache_to_who_served() -> None:
     world = core(2)
-    (producer,) = world.built.prefix_producers
+    (index,) = world.built.indexes.values()
     for conversation in range(12):
         prompt = f"conversation {conversation} " * 500
         first = Stream(world.session())
@@ -155,9 +155,9 @@ def test_the_next_turn_of_a_conversation_follows_the_cache_to_who_served() -> No
         other = elsewhere(world, destination_of(route))
         first.send(response_headers(served=other), response_body(b"{}", end_of_stream=True))
         ours = world.datastore.by_destination[destination_of(route)]
-        producer.index.forget(ours.slot, lambda _slot: None)  # what it would have cached, had it served
+        index.forget(ours.slot, lambda _slot: None)  # what it would have cached, had it served
         for _ in range(10):
-            producer.index.tick()
+            index.tick()
         again = Stream(world.session())
         (route, *_) = again.send(request_headers(), request_body(chat(prompt + "and more"), end_of_stream=True))
         assert destination_of(route) == other

@@ -147,7 +147,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("mode", [FULL, BUFFERED, STREAMED, BodyMode.NONE, BodyMode.BUFFERED_PARTIAL])
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/audio/transcriptions"])
 def test_headers_meant_for_the_picker_do_not_reach_the_engine(mode: BodyMode, path: str) -> None:
     stream = Stream(core().session())
     stream.send(request_headers(path=path, modes=(mode, BodyMode.NONE), headers={**OWN, "x-mine": "kept"}))

@@ -476,7 +476,8 @@ def test_rule_11_a_header_that_is_not_utf8_is_a_400_that_names_it() -> None:
 def test_section_2_6_a_grpc_client_gets_a_grpc_status() -> None:
     stream = Stream(core(0).session())
     (reply,) = stream.send(
-        request_headers(path="/v1/embeddings", headers={"content-type": "application/grpc"}), request_body(b"x", end_of_stream=True)
+        request_headers(path="/v1/audio/transcriptions", headers={"content-type": "application/grpc"}),
+        request_body(b"x", end_of_stream=True),
     )
     assert reply.immediate_response.grpc_status.status == 14
     plain = Stream(core(0).session())
@@ -525,7 +526,7 @@ def test_rule_14_unknown_message_kinds_are_ignored() -> None:
 
 def test_rule_14_no_request_body_is_sent_when_none_was_received() -> None:
     stream = Stream(core().session())
-    stream.send(request_headers(path="/v1/embeddings"), request_trailers())
+    stream.send(request_headers(path="/v1/audio/transcriptions"), request_trailers())
     assert kinds(stream.got) == ["request_headers", "request_trailers"]
 
 

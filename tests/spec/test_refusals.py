@@ -36,7 +36,9 @@ TABLE = {
     # class: (HTTP status, gRPC status, type, code, dropped reason, retry-after, code name of the error metric)
     "BadRequestError": (400, 3, "invalid_request_error", "bad_request", None, None, "BadRequest"),
     "NotFoundError": (404, 5, "invalid_request_error", "not_found", None, None, "NotFound"),
+    "ModelNotFoundError": (404, 5, "invalid_request_error", "model_not_found", None, None, "NotFound"),
     "DecisionTimeoutError": (408, 4, "invalid_request_error", "decision_timeout", None, None, "RequestTimeout"),
+    "PreconditionFailedError": (412, 9, "invalid_request_error", "prefix_not_cached", None, None, "PreconditionFailed"),
     "BodyTooLargeError": (413, 8, "invalid_request_error", "body_too_large", None, None, "PayloadTooLarge"),
     "SaturatedError": (429, 8, "rate_limit_error", "saturated", "rejected-saturated", "1", "ResourceExhausted"),
     "TooManyHeadersError": (431, 8, "invalid_request_error", "too_many_headers", None, None, "RequestHeaderFieldsTooLarge"),
@@ -79,7 +81,7 @@ def test_every_error_has_its_answer(error: type[EppError]) -> None:
 def saturated() -> Core:
     """A pool whose filters leave nobody."""
     world = core()
-    world.built.scheduler.profile._filters = (Nobody(),)
+    world.built.scheduler._only._filters = (Nobody(),)
     return world
 
 
@@ -165,11 +167,12 @@ def test_a_refusal_is_one_answer_counted_once_and_holds_nothing(name: str, grpc:
 def test_a_bug_of_ours_is_counted_too() -> None:
     """It is the one error an operator most wants to see on a dashboard."""
 
-    def raising(_request: object, _endpoint: object) -> None:
-        raise RuntimeError("a plugin's bug")
+    class Broken:
+        def keep(self, _request: object, _endpoints: object) -> list[object]:
+            raise RuntimeError("a plugin's bug")
 
     world = core()
-    world.built.scheduler.picked = (raising,)
+    world.built.scheduler._only._filters = (Broken(),)
     stream = Stream(world.session())
     (reply,) = stream.send(request_headers(), BODY_END)
     assert reply.immediate_response.status.code == 500
@@ -239,7 +242,7 @@ def test_every_piece_of_a_body_gives_it_more_time() -> None:
     assert kinds(stream.send(request_body(end_of_stream=True))) == ["request_headers", "request_body"]
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/embeddings"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/audio/transcriptions"])
 def test_a_routed_request_is_not_given_up_however_long_it_takes(path: str) -> None:
     world = core()
     stream = Stream(world.session())

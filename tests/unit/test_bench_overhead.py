@@ -97,7 +97,8 @@ def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"] if command else ["--help"])
     assert exit_.value.code == 0
-    assert ("--port" if command == "echo" else "--count" if command == "metrics-stub" else "overhead") in capsys.readouterr().out
+    expected = {"echo": "--port", "metrics-stub": "--count", "decide": "--prompt-tokens", "scrape": "--endpoints", "replay": "--policies"}
+    assert expected.get(command, "overhead" if command in (None, "overhead") else "usage") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["--prompt-kb", "0"], ["--rounds", "-1"], ["--chunks", "a"], ["--transport", "tcp"]])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from epp.clock import VirtualClock
 from epp.datastore import Datastore, Reading, Ticket
-from epp.types import Endpoint, EndpointSpec
+from epp.types import Endpoint
 from tests.builders import spec
 
 
@@ -58,12 +58,34 @@ def test_an_endpoint_that_stays_keeps_its_load_and_slot_though_it_is_relabelled(
     first = next(iter(pool.endpoints.values()))
     first.waiting = 7.0
     ticket = Ticket(first, 10)
-    relabelled = EndpointSpec(name="renamed", address=spec(1).address, namespace="other", labels={"a": "b"})
-    pool.apply([spec(2), relabelled])
-    (same,) = [e for e in pool.endpoints.values() if e.name == "renamed"]
+    pool.apply([spec(2), spec(1)._replace(labels={"a": "b"})])
+    (same,) = [e for e in pool.endpoints.values() if e.name == "pod-1"]
     assert same is first
-    assert (same.waiting, same.inflight_requests, same.slot, same.namespace, same.labels) == (7.0, 1, 0, "other", {"a": "b"})
+    assert (same.waiting, same.inflight_requests, same.slot, same.labels) == (7.0, 1, 0, {"a": "b"})
     ticket.release()
+
+
+def test_an_address_given_to_another_pod_is_another_endpoint() -> None:
+    pool = datastore(2)
+    first = next(iter(pool.endpoints.values()))
+    first.waiting = 7.0
+    gone: list[str] = []
+    pool.subscribe(removed=lambda endpoint: gone.append(endpoint.name))
+    pool.apply([spec(2), spec(1)._replace(name="successor")])
+    (successor,) = [e for e in pool.endpoints.values() if e.name == "successor"]
+    assert gone == ["pod-1"]
+    assert successor is not first
+    assert (successor.waiting, pool.by_destination[successor.destination]) == (0.0, successor)
+
+
+def test_a_draining_endpoint_gets_nothing_even_if_nobody_else_is_there() -> None:
+    pool = datastore(2)
+    pool.apply([spec(1)._replace(draining=True), spec(2)])
+    assert names(pool.ready.endpoints) == ["pod-2"]
+    pool.apply([spec(1)._replace(draining=True)])
+    assert names(pool.ready.endpoints) == []
+    pool.apply([spec(1)])
+    assert names(pool.ready.endpoints) == ["pod-1"]
 
 
 def test_an_endpoint_that_returns_is_a_new_one() -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import ClassVar
 
 import pytest
 
 from epp.director import Exchange
 from epp.errors import BadRequestError, EppError, NoEndpointsError, NotFoundError
 from epp.extproc.messages import Immediate, RequestBody, RequestHeaders
-from epp.plugins.base import PickedHook
-from epp.types import Endpoint, LLMRequest
+from epp.outliers import EJECT_S
+from epp.plugins.base import Plugin
+from epp.types import Decision, Endpoint, LLMRequest, Snapshot
 from tests.builders import PATH, Core, Stream, chat, core, request_body, request_headers, response_body, response_headers, spec
 
+HEAD = "apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\n"
 CONNECTION_FAILURE = "upstream_reset_before_response_started{connection_failure|delayed_connect_error:_Connection_refused}"
 SSE_USAGE = b'data: {"usage":{"prompt_tokens":40,"completion_tokens":5,"prompt_tokens_details":{"cached_tokens":8}}}\n\n'
 
@@ -61,14 +65,46 @@ def test_no_endpoint_is_an_error_of_that_model() -> None:
     assert world.metrics.series("m", "m").requests == 1
 
 
-def raising(request: LLMRequest, endpoint: Endpoint) -> None:
+def raising(_request: LLMRequest, _decision: Decision) -> None:
     raise RuntimeError("a plugin's bug")
 
 
-def test_a_plugins_bug_is_a_500_and_leaves_nothing_charged() -> None:
+def test_a_hook_that_fails_is_logged_and_the_request_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     world = core()
-    hooks: tuple[PickedHook, ...] = (*world.built.scheduler.picked, raising)
-    world.built.scheduler.picked = hooks
+    world.built.scheduler.picked = (*world.built.scheduler.picked, raising)
+    exchange = route(world)
+    exchange.finish(complete=False)
+    assert world.inflight == (0, 0, 0, 0)
+    assert "a plugin's hook failed" in caplog.text
+
+
+class FailingProducer(Plugin):
+    """A producer with a bug."""
+
+    type: ClassVar[str] = "failing-producer"
+
+    def produce(self, request: LLMRequest, candidates: Snapshot) -> None:
+        raise RuntimeError("a producer's bug")
+
+
+class FailingScorer(Plugin):
+    """A scorer with a bug."""
+
+    type: ClassVar[str] = "failing-scorer"
+    per_request: ClassVar[bool] = True
+
+    def score(self, request: LLMRequest, endpoints: Sequence[Endpoint]) -> Sequence[float]:
+        raise RuntimeError("a scorer's bug")
+
+
+def test_a_producer_that_fails_costs_its_data_alone(caplog: pytest.LogCaptureFixture) -> None:
+    world = core(config=f"{HEAD}plugins: [{{type: '{__name__}:FailingProducer'}}]")
+    route(world).finish(complete=False)
+    assert "a data producer failed" in caplog.text
+
+
+def test_a_scorers_bug_is_a_500_and_leaves_nothing_charged() -> None:
+    world = core(config=f"{HEAD}plugins: [{{type: '{__name__}:FailingScorer'}}]")
     session = world.session()
     session.receive(RequestHeaders({":path": PATH}, end_of_stream=False))
     (reply,) = session.receive(RequestBody(chat(), True))
@@ -214,22 +250,25 @@ def test_an_endpoint_that_left_is_not_in_any_subset() -> None:
 # Who served, and who did not
 
 
-def test_an_endpoint_the_gateway_could_not_reach_is_avoided_until_it_is_read_again() -> None:
+def test_an_endpoint_the_gateway_could_not_reach_is_avoided_until_one_request_has_tried_it_again() -> None:
     world = core(2)
     exchange = route(world)
     chosen = exchange.decision.endpoint
     answer(exchange, 503, code_details=CONNECTION_FAILURE)
     exchange.finish(complete=True)
-    assert not chosen.healthy
+    assert chosen.ejected
     for _ in range(10):
         assert route(world).decision.endpoint is not chosen
-    world.read(int(chosen.name[-1]), waiting=0.0)
-    assert chosen.healthy
-    assert chosen in {route(world).decision.endpoint for _ in range(40)}
+    world.clock.advance(EJECT_S)
+    world.outliers.tick()
+    probe = next(exchange for _ in range(100) if (exchange := route(world)).decision.endpoint is chosen)
+    assert all(route(world).decision.endpoint is not chosen for _ in range(20)), "one request tries it"
+    answer(probe, 200)
+    assert chosen in {route(world).decision.endpoint for _ in range(100)}
 
 
 @pytest.mark.parametrize(
-    ("status", "details", "healthy"),
+    ("status", "details", "in_service"),
     [
         (503, CONNECTION_FAILURE, False),
         (503, "upstream_reset_before_response_started{connection_termination}", False),
@@ -244,12 +283,12 @@ def test_an_endpoint_the_gateway_could_not_reach_is_avoided_until_it_is_read_aga
         (200, "via_upstream", True),
     ],
 )
-def test_only_a_failure_to_connect_speaks_against_an_endpoint(status: int, details: str, healthy: bool) -> None:
+def test_one_failure_to_connect_ejects_and_nothing_else_does_at_once(status: int, details: str, in_service: bool) -> None:
     world = core(2)
     exchange = route(world)
     answer(exchange, status, code_details=details)
     exchange.finish(complete=True)
-    assert exchange.decision.endpoint.healthy is healthy
+    assert exchange.decision.endpoint.ejected is not in_service
 
 
 LIST_CONFIG = """
@@ -259,8 +298,8 @@ plugins: [{type: queue-scorer}, {type: prefix-cache-scorer}, {type: max-score-pi
 """
 
 
-@pytest.mark.parametrize(("config", "ours_healthy"), [(LIST_CONFIG, False), ("", True)])
-def test_when_another_served_the_charge_and_the_prefix_move_with_it(config: str, ours_healthy: bool) -> None:
+@pytest.mark.parametrize(("config", "ours_ejected"), [(LIST_CONFIG, True), ("", False)])
+def test_when_another_served_the_charge_and_the_prefix_move_with_it(config: str, ours_ejected: bool) -> None:
     """Only a gateway that went along our list says by it that the first did not take the request."""
     world = core(2, config=config)
     exchange = route(world, chat("x" * 4_000))
@@ -270,9 +309,9 @@ def test_when_another_served_the_charge_and_the_prefix_move_with_it(config: str,
     assert (ours.inflight_requests, ours.inflight_tokens) == (0, 0)
     assert other.inflight_requests == 1
     assert other.inflight_tokens > 1_000
-    assert (ours.healthy, other.healthy) == (ours_healthy, True)
-    (producer,) = world.built.prefix_producers
-    assert producer.index.held_blocks(other.slot) == len(exchange.request.prefix.hashes) > 0
+    assert (ours.ejected, other.ejected) == (ours_ejected, False)
+    (index,) = world.built.indexes.values()
+    assert index.held_blocks(other.slot) == len(exchange.request.prefix.hashes) > 0
     exchange.response_chunk(b"a")
     exchange.finish(complete=True)
     assert world.inflight == (0, 0, 0, 0)

@@ -162,14 +162,14 @@ def test_ties_are_broken_evenly_and_the_best_wins() -> None:
 
 def test_producers_run_first_and_hooks_are_told_of_the_pick() -> None:
     registry = Registry()
-    built = build(load("", source="t", catalogue=registry), registry, random.Random(1))
+    built = build(load("", source="t", catalogue=registry), registry, random.Random(1), VirtualClock())
     candidates = Snapshot.of(pool_of({}, {}))
     request = llm_request(prompt=bytes(4096), prompt_tokens=1024, target_model="m")
     decision = built.scheduler.schedule(request, candidates)
     assert request.prefix is not None
     assert decision.profile == "default"
     for picked in built.scheduler.picked:
-        picked(request, decision.endpoint)
+        picked(request, decision)
     again = llm_request(prompt=bytes(4096), prompt_tokens=1024, target_model="m")
     for _ in range(10):
         assert built.scheduler.schedule(again, candidates).endpoint is decision.endpoint, "its prefix is cached there"
@@ -258,5 +258,5 @@ def test_a_pick_repels_the_next_one() -> None:
 
 def test_the_scheduler_hands_on_fallbacks() -> None:
     profile = Profile("p", (), [Weighted(Says(scores=[0.1, 0.9, 0.5]), 1.0)], MaxScorePicker(max_num_of_endpoints=3))
-    decision = Scheduler(profile, [], [], random.Random(1)).schedule(llm_request(), Snapshot.of(pool_of({}, {}, {})))
+    decision = Scheduler([profile], None, [], random.Random(1)).schedule(llm_request(), Snapshot.of(pool_of({}, {}, {})))
     assert (decision.endpoint.slot, [e.slot for e in decision.fallbacks]) == (1, [2, 0])

@@ -27,7 +27,7 @@ def test_the_scorer_in_the_readme_decides(tmp_path, monkeypatch):
     (tmp_path / "fewest_tokens.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     registry = Registry()
-    built = build(load(_block("yaml"), source="README.md", catalogue=registry), registry, random.Random(1))
+    built = build(load(_block("yaml"), source="README.md", catalogue=registry), registry, random.Random(1), VirtualClock())
     sys.modules.pop("fewest_tokens", None)
 
     datastore = Datastore(VirtualClock())

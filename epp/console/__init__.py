@@ -1,0 +1,1 @@
+"""What people ask a running picker: metrics, the last decisions, why a request would go where."""

@@ -1,0 +1,228 @@
+"""A routed request, until its response ends: in-flight accounting, metrics, and what plugins want to hear of it.
+
+Made by the director once the decision is final; told by the session how the response goes. Releases what was charged exactly once.
+Not here: the protocol (extproc), the decision (director). Cost of a streamed chunk: about 1 µs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from epp.clock import Clock
+from epp.datastore import Datastore, Ticket
+from epp.observe.series import RequestSeries
+from epp.outliers import HANG_S, Outliers
+from epp.parsing import orca
+from epp.parsing.model_name import ModelRestorer
+from epp.parsing.usage import JsonUsage, SseUsage
+from epp.plugins.base import Finished, Parser, UsageReader
+from epp.scheduling.pipeline import ProfileTrace, Scheduler
+from epp.types import Decision, Endpoint, LLMRequest, Usage
+
+_log = logging.getLogger("epp.exchange")
+
+Report = Mapping[str, Mapping[str, float]]
+"""Namespace -> name -> number, for the gateway's dynamic metadata."""
+
+# What Envoy says when it could not get a request to an endpoint at all (response.code_details, core/http response code details).
+_CONNECTION_FAILURES = ("upstream_reset_before_response_started{connection", "upstream_reset_before_response_started{remote_connection")
+
+
+class Exchange:
+    """See the module. Every method is safe after `finish`."""
+
+    __slots__ = (
+        "_clock", "_datastore", "_first_s", "_last_s", "_outliers", "_parser", "_response_bytes", "_scheduler", "_sent_s", "_series", "_started_s",
+        "_status", "_ticket", "_uncached_tokens", "_usage", "_usage_reader", "_work", "_work_tokens", "body", "decision", "request", "restorer", "traces",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request: LLMRequest,
+        decision: Decision,
+        *,
+        tokens: int,
+        uncached_tokens: int,
+        parser: Parser | None,
+        scheduler: Scheduler,
+        series: RequestSeries,
+        datastore: Datastore,
+        outliers: Outliers,
+        clock: Clock,
+        started_s: float,
+    ) -> None:
+        """Charges the decision's endpoints: nothing that may fail must come between that and the caller's taking the Exchange."""
+        self.request = request
+        self.decision = decision
+        self.body: bytes | None = None
+        """The request's body for the engine, where it is not the client's: another model name."""
+        self.restorer: ModelRestorer | None = None
+        """Then: gives the response the client's name back."""
+        self.traces: Sequence[ProfileTrace] = ()
+        """How the decision came about, where somebody wants to know."""
+        self._parser = parser
+        self._scheduler = scheduler
+        self._series = series
+        self._datastore = datastore
+        self._outliers = outliers
+        self._clock = clock
+        self._started_s = started_s
+        self._uncached_tokens = uncached_tokens
+        self._first_s = 0.0
+        self._last_s = 0.0
+        self._response_bytes = 0
+        self._status = 0
+        self._usage_reader: UsageReader | None = None
+        self._usage: Usage | None = None
+        self._ticket: Ticket | None = Ticket(decision.endpoint, tokens, to_the_end=scheduler.inflight.add_estimated_output_tokens)
+        self._work: Sequence[Ticket] = ()
+        """Stages of the request on other endpoints: over with the first token."""
+        if decision.targets:
+            self._work = [Ticket(endpoint, request.uncached_on(endpoint)) for endpoint in decision.targets.values()]
+        self._work_tokens = decision.endpoint.inflight_tokens
+        self._sent_s = clock.now_s()
+        series.running += 1
+
+    def scores(self) -> dict[str, float]:
+        """Destination -> total score, of every endpoint the deciding profile compared."""
+        trace = next((trace for trace in self.traces if trace.profile == self.decision.profile), None)
+        return {e.destination: total for e, total in zip(trace.endpoints, trace.totals, strict=True)} if trace else {}
+
+    def response_headers(self, status: int, *, event_stream: bool, served: str, code_details: str, load: str = "") -> None:
+        """The engine (or the gateway in its place) answered. `served`: who did, if the gateway says; `load`: how busy it says it is."""
+        if self._ticket is None:
+            return
+        self._status = status
+        if served and served != self.decision.endpoint.destination:
+            self._served_elsewhere(served)
+        if load:
+            pushed = orca.parse(load)
+            if pushed is not None:
+                self._datastore.record_push(self._ticket.endpoint, waiting=pushed.waiting, kv_usage=pushed.kv_usage)
+        if status < 500:
+            self._outliers.succeeded(self._ticket.endpoint)
+        elif not code_details or code_details == "via_upstream" or code_details.startswith("upstream_reset") or "timeout" in code_details:
+            # the engine's own answer, or Envoy's in its place; not what Envoy says of itself (no route, no host)
+            certain = code_details.startswith(_CONNECTION_FAILURES)
+            self._outliers.failed(self._ticket.endpoint, "connection failed" if certain else f"status {status}", certain=certain)
+        if status == 200:
+            if self._parser is not None:
+                self._usage_reader = self._parser.usage(event_stream=event_stream)
+            else:
+                self._usage_reader = SseUsage() if event_stream else JsonUsage()
+
+    def added_headers(self) -> dict[str, str]:
+        """What plugins add to the response's headers."""
+        added: dict[str, str] = {}
+        ticket = self._ticket
+        if ticket is not None:
+            for response_headers in self._scheduler.response_headers:
+                added.update(response_headers(self.request, ticket.endpoint) or ())
+        return added
+
+    def response_chunk(self, body: bytes) -> None:
+        """A piece of the response body passed, not empty; the first one is the first token."""
+        ticket = self._ticket
+        if ticket is None:
+            return
+        now_s = self._clock.now_s()
+        if not self._first_s:
+            self._first_s = now_s
+            ticket.endpoint.capacity.first_token(self._work_tokens, now_s - self._sent_s)
+            ticket.first_token()
+            if self._work:
+                self._work_done()
+            if self._scheduler.first_token:
+                _tell(self._scheduler.first_token, self.request, ticket.endpoint, now_s - self._started_s)
+        elif self.request.stream:
+            self._series.streaming_itl_s.observe(now_s - self._last_s)
+        self._last_s = now_s
+        self._response_bytes += len(body)
+        if self._usage_reader is not None:
+            self._usage_reader.feed(body)
+
+    def finish(self, *, complete: bool) -> None:
+        """The response ended, or (`complete=False`) the stream did before it. Only the first call counts."""
+        ticket = self._ticket
+        if ticket is None:
+            return
+        self._ticket = None
+        ticket.release()
+        if self._work:
+            self._work_done()
+        series = self._series
+        series.running -= 1
+        if not complete:
+            series.errors["ClientDisconnected"] += 1
+            if not self._status and self._clock.now_s() - self._started_s >= HANG_S:
+                self._outliers.failed(ticket.endpoint, "no answer")
+        elif self._status == 200:
+            self._observe(series, ticket.endpoint)
+        elif self._status:
+            series.errors["ModelServerError"] += 1
+        if self._scheduler.finished:
+            ttft_s = self._first_s - self._started_s if self._first_s else -1.0
+            duration_s = self._clock.now_s() - self._started_s
+            outcome = Finished(self._status if complete else 0, ttft_s, duration_s, self._usage, self._uncached_tokens)
+            _tell(self._scheduler.finished, self.request, ticket.endpoint, outcome)
+
+    def report(self) -> Report | None:
+        """What reporters make of the response's cost, once it is over."""
+        usage = self._usage
+        if usage is None or not self._scheduler.report:
+            return None
+        found: dict[str, dict[str, float]] = {}
+        for report in self._scheduler.report:
+            reported = report(usage)
+            if reported is not None:
+                namespace, name, value = reported
+                found.setdefault(namespace, {})[name] = value
+        return found or None
+
+    def _work_done(self) -> None:
+        for ticket in self._work:
+            ticket.release()
+        self._work = ()
+
+    def _served_elsewhere(self, served: str) -> None:
+        endpoint = self._datastore.by_destination.get(served)
+        if endpoint is None or self._ticket is None or self.decision.instead:
+            return
+        if endpoint in self.decision.fallbacks:
+            # The gateway goes along our list: it could not use the one before. (Elsewhere, it may just not follow us.)
+            self._outliers.failed(self.decision.endpoint, "the gateway went on to another", certain=True)
+        self._ticket.move(endpoint)
+        _tell(self._scheduler.served, self.request, endpoint)  # the prompt is in that endpoint's cache now
+
+    def _observe(self, series: RequestSeries, endpoint: Endpoint) -> None:
+        if not self._first_s:  # no body, or we are not shown it: then its end is not known either
+            return
+        duration_s = self._clock.now_s() - self._started_s
+        series.duration_s.observe(duration_s)
+        series.response_bytes.observe(self._response_bytes)
+        ttft_s = self._first_s - self._started_s
+        (series.streaming_ttft_s if self.request.stream else series.ttft_s).observe(ttft_s)
+        usage = self._usage = self._usage_reader.finish() if self._usage_reader is not None else None
+        if usage is None:
+            return
+        if usage.prompt_tokens >= 0:
+            series.input_tokens.observe(usage.prompt_tokens)
+        if usage.cached_tokens >= 0:
+            series.cached_tokens.observe(usage.cached_tokens)
+        if usage.completion_tokens > 0:
+            series.output_tokens.observe(usage.completion_tokens)
+            series.ntpot_s.observe(duration_s / usage.completion_tokens)
+            if self.request.stream and usage.completion_tokens > 1:
+                series.streaming_tpot_s.observe((duration_s - ttft_s) / (usage.completion_tokens - 1))
+                endpoint.capacity.finished(usage.completion_tokens - 1, duration_s - ttft_s)
+
+
+def _tell(hooks: tuple[Callable[..., Any], ...], request: LLMRequest, endpoint: Endpoint, *more: object) -> None:
+    """A plugin that fails to listen must not harm the response."""
+    for each in hooks:
+        try:
+            each(request, endpoint, *more)
+        except Exception:  # noqa: BLE001 - see above
+            _log.exception("a plugin's hook failed")

@@ -1,0 +1,225 @@
+"""The HTTP port: metrics, the last decisions, the endpoints, what plugins say of themselves, and who is going away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator, Mapping
+from datetime import datetime
+from typing import Any, ClassVar
+
+import aiohttp
+import pytest
+
+from epp.console.server import DECISIONS_SHOWN_MAX, HttpServer
+from epp.datastore import Reading
+from epp.decisions import EVERY_S, Decisions
+from epp.errors import StartError
+from epp.plugins.base import Plugin
+from epp.types import Endpoint, LLMRequest
+from tests.builders import PATH, Core, chat, core
+
+HEAD = "apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\n"
+SECRET = "xyzzy-opensesame"
+
+
+class Page:
+    """A client of the port."""
+
+    def __init__(self, server: HttpServer, client: aiohttp.ClientSession) -> None:
+        self._url = f"http://127.0.0.1:{server.port}"
+        self._client = client
+
+    async def ask(self, path: str, *, method: str = "GET", headers: Mapping[str, str] | None = None) -> tuple[int, str]:
+        async with self._client.request(method, self._url + path, headers=headers) as response:
+            return response.status, await response.text()
+
+    async def json(self, path: str, *, method: str = "GET", headers: Mapping[str, str] | None = None) -> Any:
+        async with self._client.request(method, self._url + path, headers=headers) as response:
+            assert response.content_type == "application/json", await response.text()
+            return await response.json()
+
+
+def server_of(world: Core, *, debug: bool = True, kept: int = 8, token: str = "") -> HttpServer:
+    decisions = Decisions(world.clock, kept) if kept else None
+    world.director._decisions = decisions
+    return HttpServer(
+        world.metrics,
+        world.director,
+        decisions,
+        lambda: world.built.plugins.values(),  # noqa: PLW0108 - of the configuration that is in service when asked
+        datastore=world.datastore,
+        debug=debug,
+        admin_token=lambda: token,
+        listen_problem=lambda host, port, error: f"{host}:{port}: {error.strerror}",
+    )
+
+
+@contextlib.asynccontextmanager
+async def page_of(server: HttpServer, *, local: str = "127.0.0.1") -> AsyncIterator[Page]:
+    """`local`: the address the client comes from."""
+    await server.start("127.0.0.1", 0)
+    try:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(local_addr=(local, 0))) as client:
+            yield Page(server, client)
+    finally:
+        await server.stop()
+
+
+def route(world: Core, number: int, prompt: str = "hello") -> None:
+    world.director.route(LLMRequest(id=str(number), path=PATH, headers={":path": PATH}), chat(prompt), None, world.clock.now_s())
+    world.clock.advance(EVERY_S)
+
+
+async def test_metrics() -> None:
+    world = core(2)
+    route(world, 1)
+    async with page_of(server_of(world)) as page:
+        status, text = await page.ask("/metrics")
+        assert status == 200
+        assert text.encode() == world.metrics.exposition()[0]
+        assert "llm_d_epp_request_total{" in text
+
+
+async def test_the_last_decisions_newest_first_and_no_more_than_are_kept() -> None:
+    world = core(2)
+    server = server_of(world, kept=4)
+    for number in range(6):
+        route(world, number, prompt=f"{SECRET} {number}")
+    async with page_of(server) as page:
+        for path, expected in (
+            ("/debug/decisions", ["5", "4", "3", "2"]),
+            ("/debug/decisions?limit=2", ["5", "4"]),
+            ("/debug/decisions?limit=0", []),
+            (f"/debug/decisions?limit={DECISIONS_SHOWN_MAX * 10**30}", ["5", "4", "3", "2"]),
+        ):
+            answer = await page.json(path)
+            assert list(answer) == ["decisions"]
+            assert [each["request_id"] for each in answer["decisions"]] == expected, path
+        assert SECRET not in (await page.ask("/debug/decisions"))[1]
+
+
+@pytest.mark.parametrize("limit", ["", "-1", "1.5", "many", "%C2%B2", "0x10", "1e3", "+1", "%201", "\x00" * 3 + "1" * 60])
+async def test_a_limit_that_is_no_number(limit: str) -> None:
+    async with page_of(server_of(core(1))) as page:
+        status, text = await page.ask(f"/debug/decisions?limit={limit}")
+    assert status == 400
+    assert "is not a number" in json.loads(text)["error"]
+
+
+async def test_without_debug_paths_there_are_metrics_alone() -> None:
+    async with page_of(server_of(core(1), debug=False)) as page:
+        for path in ("/debug/decisions", "/debug/endpoints", "/debug/plugins/state"):
+            assert (await page.ask(path))[0] == 404
+        assert (await page.ask("/debug/explain", method="POST"))[0] == 404
+        assert (await page.ask("/metrics"))[0] == 200
+
+
+async def test_decisions_that_are_not_kept_are_a_404_that_says_how_to_keep_them() -> None:
+    async with page_of(server_of(core(1), kept=0)) as page:
+        status, text = await page.ask("/debug/decisions")
+    assert status == 404
+    assert "--debug-decisions" in json.loads(text)["error"]
+
+
+async def test_a_wrong_method_is_a_405() -> None:
+    async with page_of(server_of(core(1))) as page:
+        assert (await page.ask("/debug/explain"))[0] == 405
+        assert (await page.ask("/metrics", method="POST"))[0] == 405
+
+
+async def test_endpoints_with_what_is_known_of_them() -> None:
+    world = core(2)
+    world.datastore.record_reading(
+        world.endpoint(2),
+        Reading(waiting=2, running=3, kv_usage=0.25, attributes={"GPUUtilization": 0.5}),
+        sent_requests=0,
+        sent_tokens=0,
+    )
+    world.clock.advance(1.5)
+    route(world, 1)
+    async with page_of(server_of(world)) as page:
+        first, second = (await page.json("/debug/endpoints"))["endpoints"]
+    assert (first["name"], first["address"], first["reading_age_s"], first["in_flight_requests"]) == ("pod-1", "10.0.0.1:8000", None, 1)
+    assert {key: second[key] for key in ("waiting", "running", "kv_usage", "attributes", "picks", "namespace")} == {
+        "waiting": 2,
+        "running": 3,
+        "kv_usage": 0.25,
+        "attributes": {"GPUUtilization": 0.5},
+        "picks": 0,
+        "namespace": "default",
+    }
+    assert second["reading_age_s"] == pytest.approx(1.5 + EVERY_S)
+
+
+class Talkative(Plugin):
+    """A filter that says how it is."""
+
+    type: ClassVar[str] = "talkative"
+    per_request: ClassVar[bool] = True
+
+    def keep(self, _request: LLMRequest, endpoints: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
+        return endpoints
+
+    def state(self) -> Mapping[str, object]:
+        return {"sessions": 3}
+
+
+async def test_plugins_that_are_in_service_say_how_they_are() -> None:
+    world = core(1)
+    async with page_of(server_of(world)) as page:
+        assert "talkative" not in (await page.json("/debug/plugins/state"))["plugins"]
+        world.use(f"{HEAD}plugins: [{{name: mine, type: '{__name__}:Talkative'}}]")
+        answer = await page.json("/debug/plugins/state")
+    assert answer["plugins"]["mine"] == {"name": "mine", "type": "talkative", "state": {"sessions": 3}}
+    assert answer["plugins"]["max-score-picker"]["message"]
+    assert datetime.fromisoformat(answer["timestamp"]).tzinfo is not None
+
+
+async def test_an_endpoint_is_marked_as_going_away_and_back() -> None:
+    world = core(2)
+    async with page_of(server_of(world)) as page:
+        assert (await page.json("/drain")) == {"draining": []}
+        for name in ("pod-1", "default/pod-1", "10.0.0.1:8000"):
+            answer = await page.json(f"/drain?endpoint={name}", method="POST")
+            assert [each["name"] for each in answer["draining"]] == ["pod-1"]
+            assert [e.name for e in world.datastore.ready.endpoints] == ["pod-2"]
+            assert (await page.json(f"/drain?endpoint={name}", method="DELETE")) == {"draining": []}
+            assert len(world.datastore.ready.endpoints) == 2
+        for wanted in ("", "?endpoint=", "?endpoint=pod-3", "?endpoint=10.0.0.1"):
+            assert (await page.ask(f"/drain{wanted}", method="POST"))[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("token", "sent", "status"),
+    [("", None, 403), ("", "Bearer ", 403), ("s3cret", None, 403), ("s3cret", "Bearer wrong", 403), ("s3cret", "Bearer s3cret", 200)],
+)
+async def test_who_is_not_on_this_machine_needs_the_token(token: str, sent: str | None, status: int) -> None:
+    world = core(1)
+    async with page_of(server_of(world, token=token), local="127.0.0.2") as page:
+        headers = {} if sent is None else {"Authorization": sent}
+        assert (await page.ask("/drain?endpoint=pod-1", method="POST", headers=headers))[0] == status
+    assert world.endpoint(1).draining is (status == 200)
+
+
+async def test_a_token_that_is_no_text_is_a_wrong_one() -> None:
+    world = core(1)
+    server = server_of(world, token="s3cret")
+    async with page_of(server):
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, local_addr=("127.0.0.2", 0))
+        writer.write(b"POST /drain?endpoint=pod-1 HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer \xff\xfe\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 403 ")
+        writer.close()
+        await writer.wait_closed()
+    assert not world.endpoint(1).draining
+
+
+async def test_a_port_that_is_taken_says_so() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(StartError, match=rf"127\.0\.0\.1:{port}: "):
+            await server_of(core(1)).start("127.0.0.1", port)
