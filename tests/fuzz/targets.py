@@ -55,11 +55,11 @@ class _Loud(logging.Handler):
         raise AssertionError(record.getMessage()) from (record.exc_info[1] if record.exc_info else None)
 
 
-_log = logging.getLogger("epp.session")
+_log = logging.getLogger("epp")
 
 
 class loud:  # noqa: N801 - reads as a verb
-    """While it lasts, whatever the session logs as an error is raised."""
+    """While it lasts, whatever the picker logs as an error is raised."""
 
     def __enter__(self) -> None:
         self._handler = _Loud(logging.ERROR)

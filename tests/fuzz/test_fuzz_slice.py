@@ -72,10 +72,11 @@ def test_an_error_that_the_client_would_not_see_is_not_overlooked() -> None:
     """The session turns its own bugs into answers: the harness must tell."""
     world = core()
 
-    def raising(_request: object, _endpoint: object) -> None:
-        raise RuntimeError("a plugin's bug")
+    class Broken:
+        def keep(self, _request: object, _endpoints: object) -> list[object]:
+            raise RuntimeError("a plugin's bug")
 
-    world.built.scheduler.picked = (raising,)
+    world.built.scheduler._only._filters = (Broken(),)
     session = world.session()
     session.receive(codec.decode(request_headers().SerializeToString()))
     with targets.loud(), pytest.raises(AssertionError, match="unexpected error"):
