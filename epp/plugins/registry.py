@@ -51,6 +51,7 @@ BUILT_IN: Mapping[str, str] = {
     "topology-affinity-filter": "epp.plugins.filters.topology_affinity:TopologyAffinityFilter",
     "utilization-filter": "epp.plugins.filters.utilization:UtilizationFilter",
     # scorers
+    "cost-aware-scorer": "epp.plugins.scorers.cost_aware:CostAwareScorer",
     "queue-scorer": "epp.plugins.scorers.queue:QueueScorer",
     "kv-cache-utilization-scorer": "epp.plugins.scorers.kv_cache_utilization:KvCacheUtilizationScorer",
     "running-requests-size-scorer": "epp.plugins.scorers.running_requests_size:RunningRequestsSizeScorer",

@@ -1,0 +1,182 @@
+"""`python -m bench replay`: what a policy does to latency, in virtual time: the product's own scheduling code against the field's.
+
+README.md explains the model, its calibration and its limits. Here is the command alone: options to cells, rows to tables and files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import BenchError, report
+from bench.replay.baselines import BASELINES
+from bench.replay.cells import Cell, Row, Settings, configured, known, row_of, run_all, workload_of
+from bench.replay.profiles import DEFAULT_PROFILE, PROFILES, profile_of
+from bench.replay.saturation import LOADS, saturation_rate
+from bench.replay.scenarios import SCENARIOS
+from bench.replay.simulation import Scrapes
+from bench.replay.stats import Objective
+from bench.replay.tables import plot, text_of
+
+DESCRIPTION = f"""\
+Replay a trace or a scenario in virtual time against simulated engines, once for each policy, rate and seed, and compare what requests
+see. The product's policies run the product's own code; the others are written from their published formulas.
+
+policies:  {", ".join(known())}
+scenarios: {", ".join(SCENARIOS)}
+profiles:  {", ".join(PROFILES)}
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--trace", metavar="FILE", help="a trace in the Mooncake format")
+    what.add_argument("--scenario", metavar="NAME[,NAME]", help="synthetic workloads, or `all`")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N requests of the trace")
+    parser.add_argument("--block-tokens", type=int, default=512, metavar="N", help="tokens of a block in the trace (default: %(default)s)")
+    ticks = parser.add_mutually_exclusive_group()
+    ticks.add_argument("--raw", action="store_true", help="the trace's times as they are, ticks and all")
+    ticks.add_argument("--jitter", action="store_true", help="requests at random places within their tick (the default)")
+    parser.add_argument("--rate", type=_positive, default=[1.0], metavar="X[,X]", help="arrivals so many times as dense (default: 1)")
+    parser.add_argument("--saturation", action="store_true", help=f"rates at {_shares()} of where round robin saturates")
+    parser.add_argument("--policies", default="", metavar="P[,P]", help="of those above, or NAME=FILE.yaml (default: all)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 1 to N (default: %(default)s)")
+    parser.add_argument("--replicas", type=int, default=8, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--profile", default=DEFAULT_PROFILE, metavar="NAME", help="of one replica (default: %(default)s)")
+    parser.add_argument("--speeds", type=_positive, default=[], metavar="X[,X]", help="by replica, of the profile's; 1 for those not named")
+    parser.add_argument("--offload-tokens", type=int, default=0, metavar="N", help="CPU memory behind each KV cache (default: none)")
+    parser.add_argument("--scrape-interval", type=float, default=0.05, metavar="S", help="seconds between scrapes (default: %(default)s)")
+    parser.add_argument(
+        "--scrape-delay", type=float, default=0.0, metavar="S", help="seconds until a reading is known (default: %(default)s)"
+    )
+    parser.add_argument("--usage", action="store_true", help="answers end with token counts, cached ones included")
+    parser.add_argument("--slo-ttft", type=float, default=2.0, metavar="S", help="for goodput (default: %(default)s)")
+    parser.add_argument("--slo-tpot", type=float, default=0.1, metavar="S", help="for goodput (default: %(default)s)")
+    parser.add_argument("--warmup", type=float, default=0.0, metavar="S", help="requests of the first S seconds are not counted")
+    parser.add_argument("--json", metavar="FILE", help="write rows, machine and versions here too")
+    parser.add_argument("--plot", metavar="DIR", help="TTFT p90 and goodput over the rate, PNG and SVG (needs matplotlib)")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: all cores)")
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = _settings(args)
+    workloads = ["trace"] if args.trace else _scenarios(args.scenario)
+    policies = policies_of(args.policies)
+    cells = []
+    loads: dict[str, object] = {}
+    for workload in workloads:
+        rates = args.rate
+        print(described(settings, workload), flush=True)
+        if args.saturation:
+            saturated = _saturation(settings, workload)
+            loads[workload] = saturated
+            rates = [round(load * saturated, 4) for load in LOADS]
+            print(
+                f"{workload}: round robin saturates at rate {saturated:g}; playing {', '.join(f'{rate:g}' for rate in rates)}", flush=True
+            )
+        cells += [
+            Cell(name, config, workload, rate, seed) for rate in rates for name, config in policies for seed in range(1, args.seeds + 1)
+        ]
+    rows = run_all(settings, cells, args.jobs, lambda line: print(line, flush=True))
+    print()
+    print(text_of(rows))
+    notes: dict[str, object] = {
+        "replicas": settings.replicas,
+        "profile": settings.profile,
+        "trace": Path(settings.trace).name if settings.trace else "",
+        "limit": settings.limit,
+        "arrivals": ("jittered" if settings.jitter else "raw") if settings.trace else "scenario",
+        "scrape_interval_s": settings.scrapes.interval_s,
+        "scrape_delay_s": settings.scrapes.delay_s,
+        "slo_ttft_s": settings.objective.ttft_s,
+        "slo_tpot_s": settings.objective.tpot_s,
+        "saturation": loads,
+    }
+    if args.json:
+        report.write_json(Path(args.json), report.document(rows, ("msgspec", "xxhash"), notes))
+    if args.plot:
+        for path in plot(rows, Path(args.plot)):
+            print(f"written: {path}")
+    return 0
+
+
+def described(settings: Settings, name: str) -> str:
+    """What is going to be played, in a line."""
+    workload = workload_of(settings, name, 1)
+    tick_s = float(str(workload.notes.get("tick_s", 0.0)))
+    ticks = f", jittered within ticks of {tick_s:g} s" if tick_s else ""
+    return f"{name}: {workload.requests} requests, the last comes at {workload.arrivals[-1].at_s:.0f} s{ticks}"
+
+
+def policies_of(text: str) -> list[tuple[str, str]]:
+    """(name, EndpointPickerConfig or nothing for a baseline) of each. Raises BenchError for one nobody knows."""
+    found = []
+    for part in text.split(",") if text else known():
+        name, is_file, path = part.strip().partition("=")
+        if is_file:
+            try:
+                found.append((name, Path(path).read_text(encoding="utf-8")))
+            except OSError as error:
+                raise BenchError(f"{path}: {error.strerror}") from None
+        elif name in BASELINES or configured(name):
+            found.append((name, configured(name)))
+        else:
+            raise BenchError(f"no policy is named {name!r}: {', '.join(known())}, or NAME=FILE.yaml")
+    return found
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    profile_of(args.profile)
+    if min(args.replicas, args.seeds, args.jobs) < 1:
+        raise BenchError("--replicas, --seeds and --jobs are at least 1")
+    if args.scrape_interval <= 0 or args.scrape_delay < 0:
+        raise BenchError("--scrape-interval is above 0, --scrape-delay not below")
+    return Settings(
+        replicas=args.replicas,
+        profile=args.profile,
+        trace=args.trace or "",
+        limit=args.limit,
+        block_tokens=args.block_tokens,
+        jitter=not args.raw,
+        scrapes=Scrapes(args.scrape_interval, args.scrape_delay),
+        objective=Objective(args.slo_ttft, args.slo_tpot),
+        speeds=tuple(args.speeds),
+        offload_tokens=args.offload_tokens,
+        warmup_s=args.warmup,
+        usage=args.usage,
+    )
+
+
+def _scenarios(text: str) -> Sequence[str]:
+    names = list(SCENARIOS) if text == "all" else text.split(",")
+    for name in names:
+        if name not in SCENARIOS:
+            raise BenchError(f"no scenario is named {name!r}: {', '.join(SCENARIOS)}")
+    return names
+
+
+def _saturation(settings: Settings, workload: str) -> float:
+    def ttft_p90_s(rate: float) -> float:
+        row: Row = row_of(settings, Cell("round-robin", "", workload, rate, 1))
+        return float(str(row["ttft_p90_s"]))
+
+    found = saturation_rate(ttft_p90_s)
+    if found == float("inf"):
+        raise BenchError(f"{workload}: round robin never saturates; give --rate")
+    return found
+
+
+def _shares() -> str:
+    return ", ".join(f"{load * 100:.0f}" for load in LOADS) + " %%"
+
+
+def _positive(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, like 0.6,1") from None
+    if min(found) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers above 0 are needed")
+    return found

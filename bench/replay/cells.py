@@ -1,0 +1,154 @@
+"""One cell: one policy, one workload, one rate, one seed, in one process; many of them on all cores.
+
+What is random in a cell comes from its seed and its names alone, so that a cell gives the same row alone, in any company and in any
+order; all policies see the same arrivals and the same scrape phases.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+from bench import BenchError
+from bench.replay import scenarios, trace
+from bench.replay.baselines import BASELINES
+from bench.replay.job import BLOCK_TOKENS
+from bench.replay.policy import RoutingPolicy
+from bench.replay.product import ProductPolicy, quiet
+from bench.replay.profiles import profile_of
+from bench.replay.simulation import Result, Scrapes, Simulation, engines_of
+from bench.replay.stats import Objective, figures
+from bench.replay.workload import Arrival, Workload
+from epp.errors import ConfigError
+
+CONFIGS = Path(__file__).parent / "configs"
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all cells of a run share."""
+
+    replicas: int = 8
+    profile: str = "qwen3-32b-2xh100"
+    trace: str = ""
+    limit: int = 0
+    block_tokens: int = BLOCK_TOKENS
+    jitter: bool = True
+    scrapes: Scrapes = field(default_factory=Scrapes)
+    objective: Objective = field(default_factory=Objective)
+    speeds: Sequence[float] = ()
+    offload_tokens: int = 0
+    warmup_s: float = 0.0
+    usage: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    policy: str
+    config: str
+    """EndpointPickerConfig of a policy of the product; empty for a baseline."""
+    workload: str
+    """Of a scenario; `trace` for the trace."""
+    rate: float
+    seed: int
+
+
+def configured(name: str) -> str:
+    """The EndpointPickerConfig of a policy of the product that comes with the bench; empty if there is none of that name."""
+    path = CONFIGS / f"{name}.yaml"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def known() -> Sequence[str]:
+    """Names of policies, the product's first."""
+    return [*sorted(path.stem for path in CONFIGS.glob("*.yaml")), *BASELINES]
+
+
+@cache
+def _arrivals(path: str, limit: int, block_tokens: int) -> Sequence[Arrival]:
+    return trace.read(Path(path), limit, block_tokens)
+
+
+def workload_of(settings: Settings, name: str, seed: int) -> Workload:
+    if name != "trace":
+        return scenarios.SCENARIOS[name](scenarios.Setting(settings.replicas, profile_of(settings.profile), seed))
+    arrivals = _arrivals(settings.trace, settings.limit, settings.block_tokens)
+    return trace.workload("trace", arrivals, jitter=settings.jitter, seed=seed)
+
+
+def play(settings: Settings, cell: Cell) -> Result:
+    """Raises ConfigError for a configuration that is not one."""
+    profile = profile_of(settings.profile)
+    workload = workload_of(settings, cell.workload, cell.seed).faster(cell.rate)
+    if settings.speeds:
+        workload = replace(workload, speeds=tuple(settings.speeds))
+    engines = engines_of(
+        profile, settings.replicas, workload, offload_tokens=settings.offload_tokens, promises=cell.policy == "clairvoyant"
+    )
+    rng = random.Random(f"{cell.policy} {cell.workload} {cell.rate} {cell.seed}")
+    policy: RoutingPolicy
+    if cell.config:
+        slots = workload.adapters.slots if workload.adapters else 0
+        policy = ProductPolicy(cell.config, cell.policy, profile, rng, adapters_max=slots, usage=settings.usage)
+    else:
+        policy = baseline = BASELINES[cell.policy]()
+        baseline.bind(profile, engines, rng)
+    phases_rng = random.Random(f"phases {cell.seed}")
+    phases = [phases_rng.random() for _ in engines]
+    return Simulation(workload, engines, policy, settings.scrapes, phases).run()
+
+
+def row_of(settings: Settings, cell: Cell) -> Row:
+    result = play(settings, cell)
+    named: Row = {"workload": cell.workload, "policy": cell.policy, "rate": cell.rate, "seed": cell.seed}
+    return named | figures(result, settings.objective, settings.warmup_s)
+
+
+def run_all(settings: Settings, cells: Sequence[Cell], jobs: int, progress: Callable[[str], None]) -> list[Row]:
+    """One row a cell, in the cells' order. Raises BenchError where one can't be played."""
+    rows: dict[int, Row] = {}
+    started_s = time.monotonic()
+    for done, (position, row, took_s) in enumerate(_results(settings, cells, jobs), 1):
+        rows[position] = row
+        cell = cells[position]
+        progress(
+            f"[{done}/{len(cells)}] {cell.workload} {cell.policy} rate {cell.rate:g} seed {cell.seed}: TTFT mean {row['ttft_mean_s']:.3f} s, "
+            f"p90 {row['ttft_p90_s']:.3f} s, errors {row['errors']} ({took_s:.1f} s CPU, {time.monotonic() - started_s:.0f} s in all)"
+        )
+    return [rows[position] for position in range(len(cells))]
+
+
+def _results(settings: Settings, cells: Sequence[Cell], jobs: int) -> Iterator[tuple[int, Row, float]]:
+    work = [(settings, position, cell) for position, cell in enumerate(cells)]
+    jobs = min(jobs, len(cells))
+    if jobs <= 1:
+        yield from map(_one, work)
+        return
+    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    with context.Pool(jobs, initializer=_worker) as pool:
+        yield from pool.imap_unordered(_one, work)
+
+
+def _worker() -> None:
+    """Signals are the parent's business: Ctrl-C ends the pool from there, and its end must not look like one."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _one(work: tuple[Settings, int, Cell]) -> tuple[int, Row, float]:
+    settings, position, cell = work
+    quiet()
+    before_s = time.process_time()
+    try:
+        row = row_of(settings, cell)
+    except ConfigError as error:
+        raise BenchError(f"policy {cell.policy}: {error}") from None
+    return position, row, time.process_time() - before_s

@@ -1,0 +1,186 @@
+"""cost-aware-scorer: what it predicts, what it learns, and that it remembers nothing of what is over."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from epp.exchange import Exchange
+from epp.plugins.cost_model import SAMPLES_MIN, CostModel
+from epp.plugins.scorers.cost_aware import CostAwareScorer, Lane
+from epp.types import LLMRequest
+from tests.builders import PATH, Core, core
+
+CONFIG = """
+apiVersion: llm-d.ai/v1alpha1
+kind: EndpointPickerConfig
+plugins: [{type: cost-aware-scorer}]
+"""
+TOKENS_S, PAIRS_S, ONCE_S = 60e-6, 2e-9, 0.015
+
+
+def world(count: int) -> tuple[Core, CostAwareScorer]:
+    made = core(count, config=CONFIG)
+    scorer = made.built.plugins["cost-aware-scorer"]
+    assert isinstance(scorer, CostAwareScorer)
+    return made, scorer
+
+
+def route(pool: Core, tokens: int, *, text: int = 0) -> Exchange:
+    request = LLMRequest(id="r", path=PATH, headers={})
+    request.model = request.target_model = "m"
+    request.stream = True
+    request.prompt = random.Random(text or random.random()).randbytes(tokens * 4)
+    request.prompt_tokens = tokens
+    return pool.director.route(request, None, None, pool.clock.now_s())
+
+
+def first_token(exchange: Exchange) -> None:
+    exchange.response_headers(200, event_stream=True, served="", code_details="")
+    exchange.response_chunk(b"data: x")
+
+
+def lanes(scorer: CostAwareScorer) -> dict[int, Lane]:
+    found: dict[int, Lane] = scorer.__dict__["lanes"]
+    return found
+
+
+# The model
+
+
+def test_the_model_finds_what_a_linear_world_is_made_of() -> None:
+    model, rng = CostModel(), random.Random(5)
+    for _ in range(400):
+        tokens = int(rng.lognormvariate(8, 1.2)) + 64
+        pairs = tokens * (rng.randrange(20_000) + tokens / 2)
+        seconds = ONCE_S + TOKENS_S * tokens + PAIRS_S * pairs
+        model.learn(1, tokens, pairs, 0, seconds * rng.uniform(0.9, 1.1))
+    assert model.by_tokens_s == pytest.approx(TOKENS_S, rel=0.1)
+    assert model.by_pairs_s == pytest.approx(PAIRS_S, rel=0.2)
+    assert model.once_s == pytest.approx(ONCE_S, rel=0.5)
+    assert model.prefill_s(8_000, 8_000 * 4_000, 0) == pytest.approx(ONCE_S + 0.48 + 0.064, rel=0.05)
+
+
+def test_before_enough_samples_the_proportions_decide() -> None:
+    model = CostModel()
+    for _ in range(SAMPLES_MIN - 1):
+        model.learn(1, 1_000, 0.0, 0, 5.0)
+    assert model.prefill_s(2_000, 0.0, 0) == 2 * model.prefill_s(1_000, 0.0, 0) == pytest.approx(0.2)
+
+
+def test_no_sample_makes_time_run_backwards() -> None:
+    model, rng = CostModel(), random.Random(9)
+    for _ in range(300):
+        model.learn(
+            rng.randrange(1, 4), rng.randrange(64, 200_000), rng.random() * 1e10, rng.random() * 1e6, rng.choice([1e-3, 1.0, 500.0])
+        )
+        assert min(model.once_s, model.by_pairs_s, model.by_context_s) >= 0.0
+        assert model.by_tokens_s > 0.0
+
+
+# The choice
+
+
+def test_prompts_go_where_the_wait_is_shortest() -> None:
+    pool, _ = world(3)
+    first = [route(pool, tokens).decision.endpoint.name for tokens in (30_000, 20_000, 10_000)]
+    assert sorted(first) == ["pod-1", "pod-2", "pod-3"]
+    assert route(pool, 1_000).decision.endpoint.name == first[2], "10 000 tokens are through first"
+
+
+def test_a_cached_prefix_is_worth_its_wait_and_no_more() -> None:
+    pool, _ = world(2)
+    holder = route(pool, 8_000, text=7)
+    first_token(holder)
+    again = [route(pool, 8_000, text=7).decision.endpoint for _ in range(2)]
+    assert again == [holder.decision.endpoint] * 2, "a few tokens there against 8 000 elsewhere"
+    for blocker in [route(pool, 60_000) for _ in range(2)]:
+        if blocker.decision.endpoint is not holder.decision.endpoint:
+            first_token(blocker)
+    copy = route(pool, 8_000, text=7)
+    assert copy.decision.endpoint is not holder.decision.endpoint, "a hot prefix is computed again where nobody waits"
+
+
+def test_time_passes_for_the_prompt_at_the_head() -> None:
+    pool, _ = world(2)
+    long, short = route(pool, 40_000), route(pool, 30_000)  # 4 s and 3 s at 10 000 tokens a second
+    first_token(short)
+    route(pool, 10_000)  # where the short one was
+    pool.clock.advance(3.5)  # half a second is left there, by now; nothing came of the other
+    assert route(pool, 100).decision.endpoint is not None
+    lane = next(lane for slot, lane in lanes(pool.built.plugins["cost-aware-scorer"]).items() if slot == long.decision.endpoint.slot)  # type: ignore[arg-type]
+    assert lane.wait_s(pool.clock.now_s()) == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_prompt_that_is_overdue_was_not_cached() -> None:
+    pool, scorer = world(1)
+    first_token(route(pool, 50_000, text=3))
+    route(pool, 50_000, text=3)
+    (lane,) = lanes(scorer).values()
+    assert lane.wait_s(pool.clock.now_s()) < 0.1, "it should be there"
+    pool.clock.advance(1.0)
+    assert lane.wait_s(pool.clock.now_s()) == pytest.approx(4.0, abs=0.2), "5 s of work, one is done"
+
+
+def test_a_full_cache_counts_until_there_is_room() -> None:
+    pool, _ = world(2)
+    pool.read(1, waiting=0, running=20, kv_usage=0.95, kv_blocks=1_000, kv_block_tokens=16)
+    pool.read(2, waiting=0, running=20, kv_usage=0.10, kv_blocks=1_000, kv_block_tokens=16)
+    assert [route(pool, 2_000).decision.endpoint.name for _ in range(2)] == ["pod-2"] * 2
+
+
+def test_decoding_neighbours_count() -> None:
+    pool, _ = world(2)
+    busy = [route(pool, 1_000) for _ in range(10)]
+    for each in busy:
+        first_token(each)
+    for each in busy:
+        if each.decision.endpoint.name == "pod-2":
+            each.finish(complete=True)
+    assert {route(pool, 500).decision.endpoint.name for _ in range(3)} >= {"pod-2"}
+
+
+# What it learns
+
+
+def test_rates_are_learned_and_a_slow_endpoint_is_seen_as_such() -> None:
+    pool, scorer = world(2)
+    speeds = {"pod-1": 1.0, "pod-2": 0.25}
+    rng = random.Random(2)
+    for _ in range(300):
+        tokens = rng.randrange(500, 20_000)
+        exchange = route(pool, tokens)
+        pool.clock.advance((ONCE_S + TOKENS_S * tokens + PAIRS_S * tokens * tokens / 2) / speeds[exchange.decision.endpoint.name])
+        first_token(exchange)
+        exchange.finish(complete=True)
+    slowness = {endpoint.name: lanes(scorer)[endpoint.slot].slowness for endpoint in pool.datastore.endpoints.values()}
+    assert slowness["pod-2"] / slowness["pod-1"] > 1.3
+    assert {route(pool, 5_000).decision.endpoint.name} == {"pod-1"}, (
+        "so it is left alone while the other is free"
+    )
+    assert scorer.state()["samples"] > 200
+
+
+def test_nothing_is_left_of_requests_that_are_over_however_they_ended() -> None:
+    pool, scorer = world(3)
+    rng = random.Random(4)
+    exchanges = [route(pool, rng.randrange(100, 5_000)) for _ in range(60)]
+    rng.shuffle(exchanges)
+    for number, exchange in enumerate(exchanges):
+        pool.clock.advance(0.05)
+        if number % 3 == 0:
+            first_token(exchange)
+        if number % 5 == 0:
+            exchange.response_headers(200, event_stream=True, served=f"10.0.0.{rng.randrange(1, 4)}:8000", code_details="")
+        exchange.finish(complete=number % 2 == 0)
+    for lane in lanes(scorer).values():
+        assert (len(lane.queue), lane.pending_s, lane.context, lane.requests) == (0, 0.0, 0, 0)
+
+
+def test_an_endpoint_that_goes_takes_its_lane_along() -> None:
+    pool, scorer = world(2)
+    exchange = route(pool, 1_000)
+    pool.datastore.apply([])
+    assert lanes(scorer) == {}
+    exchange.finish(complete=True)
