@@ -95,7 +95,7 @@ class Picker:
         self._read_files(options)
         plugins = self.policy.built.plugins
         try:
-            self._fetching, self._families = fetch_options(plugins), Families(plugins)
+            self._fetching, self._families = fetch_options(plugins, options.model_server_token_file), Families(plugins)
             self._fetcher = HttpFetcher(self._fetching, limit_hit=self._limit_hit)
             self.scraper = Scraper(
                 self.datastore,
@@ -110,6 +110,7 @@ class Picker:
             )
         except ValueError as error:
             raise ConfigError("configuration", [Problem("plugins", str(error))]) from None
+        self.metrics.scraper = self.scraper
         self.models = ModelsPoller(self.datastore, self._fetcher, rng=rng)
         self.metrics.polls = {"metrics-data-source": self.scraper} | {_SOURCE_TYPES.get(each.what, each.what): each for each in self._files}
         decisions = Decisions(clock, options.debug_decisions) if options.debug_decisions else None
@@ -223,7 +224,7 @@ class Picker:
         self.director.use(built.scheduler, self.policy.routes)
         try:
             self._families = Families(built.plugins)
-            changed = fetch_options(built.plugins) != self._fetching
+            changed = fetch_options(built.plugins, self.options.model_server_token_file) != self._fetching
         except ValueError as error:
             _log.warning("the new data layer can't be used; the old one stays", extra={"fields": {"reason": str(error)}})
             return

@@ -60,6 +60,7 @@ class ServeOptions:
     emit_endpoint_scores: bool = False
     enable_test_headers: bool = False
     check_models: bool = True
+    model_server_token_file: str = ""
     enable_debug_endpoints: bool = True
     admin_token_file: str = ""
     debug_decisions: int = 64
@@ -161,6 +162,12 @@ def _add_endpoints(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="FILE",
         help="YAML or JSON list of model servers, watched: `endpoints: [{name, address, port, labels}]`",
+    )
+    group.add_argument(
+        "--model-server-token-file",
+        default="",
+        metavar="FILE",
+        help="bearer token sent when model servers are asked for metrics and models; read again when it changes",
     )
     group.add_argument(
         "--refresh-metrics-interval",

@@ -25,11 +25,11 @@ UNKNOWN_LABELS_TOLD_MAX = 100
 _log = logging.getLogger(__name__)
 
 
-def fetch_options(plugins: Mapping[str, Plugin]) -> FetchOptions:
+def fetch_options(plugins: Mapping[str, Plugin], bearer_token_file: str = "") -> FetchOptions:
     """As the `metrics-data-source` says; its default path means: where the family has it. Raises ValueError."""
     source = next((plugin for plugin in plugins.values() if isinstance(plugin, MetricsDataSource)), None)
     if source is None:
-        return FetchOptions()
+        return FetchOptions(bearer_token_file=bearer_token_file)
     default_path = next(field.default for field in msgspec.structs.fields(MetricsDataSource) if field.name == "path")
     return FetchOptions(
         scheme=source.scheme,
@@ -39,6 +39,7 @@ def fetch_options(plugins: Mapping[str, Plugin]) -> FetchOptions:
         insecure_skip_verify=source.insecure_skip_verify,
         client_cert_path=source.client_cert_path,
         client_key_path=source.client_key_path,
+        bearer_token_file=bearer_token_file,
     )
 
 

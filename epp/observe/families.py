@@ -186,6 +186,13 @@ def stage_families(decisions: Mapping[tuple[str, str], Mapping[tuple[str, str], 
     yield Family(STAGES.twin, STAGES.twin_help, "counter", labels[2:], _summed((values[2:], float(count)) for values, count in rows))
 
 
+def scraper_families(polls: int, restarts: int, without_metrics: int, interval_s: float) -> Iterator[Family]:
+    yield Family("epp_scrapes_total", "Readings of engines' metrics asked for.", "counter", (), [((), float(polls))])
+    yield Family("epp_engine_restarts_total", "Engines seen to have started anew.", "counter", (), [((), float(restarts))])
+    yield Family("epp_endpoints_without_metrics", "Endpoints routed by our own count alone.", "gauge", (), [((), float(without_metrics))])
+    yield Family("epp_scrape_interval_seconds", "Between two readings of a busy engine.", "gauge", (), [((), interval_s)])
+
+
 def with_twin(
     name: Name, kind: Literal["counter", "gauge"], labels: Sequence[str], values: Sequence[Labelled], twin_labels: Sequence[str] = ()
 ) -> Iterator[Family]:

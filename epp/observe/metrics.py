@@ -48,6 +48,22 @@ class PollView(Protocol):
     def poll_errors_total(self) -> int: ...
 
 
+class ScraperView(Protocol):
+    """What is needed of the scraper, besides its errors."""
+
+    @property
+    def polls_total(self) -> int: ...
+
+    @property
+    def restarts_total(self) -> int: ...
+
+    @property
+    def without_metrics(self) -> int: ...
+
+    @property
+    def interval_s(self) -> float: ...
+
+
 class OutlierView(Protocol):
     """What is needed of the passive health checks; `epp.outliers.Outliers` is such."""
 
@@ -111,6 +127,7 @@ class Metrics:
         self.config_reloads: defaultdict[str, int] = defaultdict(int)
         """Outcome (`applied`, `rejected`) -> times the configuration file changed."""
         self.outliers: OutlierView | None = None
+        self.scraper: ScraperView | None = None
         self._rewrites: defaultdict[tuple[str, str, str], int] = defaultdict(int)
         self.polls = polls or {}
         self._staleness_s = staleness_s
@@ -195,6 +212,10 @@ class Metrics:
             yield families.Family("epp_ejected_endpoints", help_text, "gauge", (), [((), float(len(self.outliers)))])
             yield families.Family(
                 "epp_ejections_total", "Times an endpoint was left out.", "counter", (), [((), float(self.outliers.ejections_total))]
+            )
+        if self.scraper is not None:
+            yield from families.scraper_families(
+                self.scraper.polls_total, self.scraper.restarts_total, self.scraper.without_metrics, self.scraper.interval_s
             )
         if self._pool is not None:
             yield from pool_families(self._pool, self._clock.now_s(), self._staleness_s)

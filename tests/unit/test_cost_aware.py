@@ -156,9 +156,7 @@ def test_rates_are_learned_and_a_slow_endpoint_is_seen_as_such() -> None:
         exchange.finish(complete=True)
     slowness = {endpoint.name: lanes(scorer)[endpoint.slot].slowness for endpoint in pool.datastore.endpoints.values()}
     assert slowness["pod-2"] / slowness["pod-1"] > 1.3
-    assert {route(pool, 5_000).decision.endpoint.name} == {"pod-1"}, (
-        "so it is left alone while the other is free"
-    )
+    assert {route(pool, 5_000).decision.endpoint.name} == {"pod-1"}, "so it is left alone while the other is free"
     assert scorer.state()["samples"] > 200
 
 
