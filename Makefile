@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint proto fuzz bench clean
+.PHONY: demo test test-engines check lint proto fuzz bench clean
 
 demo: $(VENV)/.demo ## the main job: simulated engines, the picker and a real Envoy under a chat workload
 	$(BIN)/epp demo $(DEMO_FLAGS)
@@ -13,6 +13,9 @@ test: $(VENV)/.dev ## every test, with coverage
 	$(BIN)/coverage run -m pytest $(PYTEST_FLAGS)
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --skip-covered
+
+test-engines: $(VENV)/.dev ## against real vLLM, Triton and SGLang, installed on first use: tests/engines/README.md
+	$(BIN)/python -m pytest tests/engines $(PYTEST_FLAGS)
 
 check: lint test ## what CI runs
 

@@ -156,7 +156,7 @@ async def test_a_recorded_answer_is_read() -> None:
 @pytest.mark.parametrize("bad", [hang, trickle])
 async def test_one_that_hangs_on_its_metrics_alone_fails_alone(bad: Answer) -> None:
     good = Engine({"/metrics": BUSY})
-    hanging = Engine({"/metrics": bad, "/v1/models": b'{"data":[{"id":"m"}]}'})
+    hanging = Engine({"/metrics": bad, "/v1/models": b'{"data":[{"id":"m","owned_by":"vllm"}]}'})
     async with pool(good, hanging, fetch_s=0.05) as made:
         await made.until(lambda: not made.endpoint(1).healthy)
         assert made.endpoint(1).scrape_failures >= 3
