@@ -212,9 +212,16 @@ async def test_every_request_has_an_id_and_a_client_s_own_is_kept(echo_gateway: 
 
 
 async def test_an_engine_s_rejection_reaches_the_client(gateway: Gateway) -> None:
+    answer = await ask(gateway.address, CHAT, chat("x", max_tokens=-1))
+    assert answer.status == 400
+    assert answer.engine
+
+
+async def test_a_model_no_engine_has_is_a_404_of_the_pickers(gateway: Gateway) -> None:
     answer = await ask(gateway.address, CHAT, chat("x", model="no/such-model"))
     assert answer.status == 404
-    assert answer.engine
+    assert not answer.engine
+    assert answer.json["error"]["code"] == "model_not_found"
     assert "no/such-model" in answer.json["error"]["message"]
 
 

@@ -26,7 +26,7 @@ GAP_S = 1e-3
 SAMPLE_TOKENS_MIN = 64
 OVERDUE = 0.5
 """A prompt that took so much longer than predicted was not cached after all: from then on it is taken for one that is not."""
-KEPT, PRIOR_S = 0.98, 5.0
+KEPT, PRIOR_S = 0.995, 20.0
 """Of an endpoint's seconds taken and predicted, with every sample; and how many it starts with."""
 ALIKE, SLOWNESS_MAX = 1.3, 20.0
 """An endpoint that takes up to so many times what is predicted, or as little, is like the others."""
@@ -156,7 +156,7 @@ class CostAwareScorer(Plugin):
     requires: ClassVar[tuple[str, ...]] = ("prefix-match",)
 
     harm: Annotated[float, msgspec.Meta(ge=0)] = 0.03
-    spread: Annotated[float, msgspec.Meta(ge=0)] = 0.2
+    spread: Annotated[float, msgspec.Meta(ge=0)] = 0.5
     prefix_match_info_producer_name: str = ""
 
     def __post_init__(self) -> None:
