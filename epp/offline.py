@@ -30,26 +30,31 @@ _WORDS: dict[type, str] = {NoneType: "null"}
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool) -> None:
     more = " (default: what runs without a configuration)" if optional else ""
-    parser.add_argument(
-        "file", nargs="?" if optional else None, metavar="FILE", help=f"an EndpointPickerConfig, - for standard input{more}"
-    )
+    parser.add_argument("file", nargs="?" if optional else "+", metavar="FILE", help=f"an EndpointPickerConfig, - for standard input{more}")
     parser.add_argument("--allow-experimental-plugins", action="store_true", help="as the picker will be started")
 
 
 def check(args: argparse.Namespace) -> int:
-    """Say what is in the file, or everything that is wrong with it. Nothing is started."""
-    built, source = _built(args)
-    config = built.config
-    for warning in config.warnings:
-        print(f"{source}: warning: {warning}", file=sys.stderr)
-    profiles = ", ".join(f"{profile.name} ({len(profile.plugins)} plugins)" for profile in config.scheduling_profiles)
-    print(f"{source}: valid: {len(config.plugins)} plugins; profiles: {profiles}")
-    return 0
+    """Say what is in each file, or everything that is wrong with it. Nothing is started."""
+    code = 0
+    for file in args.file:
+        try:
+            built, source = _built(file, allow_experimental=args.allow_experimental_plugins)
+        except ConfigError as error:
+            print(f"epp: {error}", file=sys.stderr)
+            code = 2
+            continue
+        config = built.config
+        for warning in config.warnings:
+            print(f"{source}: warning: {warning}", file=sys.stderr)
+        profiles = ", ".join(f"{profile.name} ({len(profile.plugins)} plugins)" for profile in config.scheduling_profiles)
+        print(f"{source}: valid: {len(config.plugins)} plugins; profiles: {profiles}")
+    return code
 
 
 def print_config(args: argparse.Namespace) -> int:
     """The effective configuration: defaults and automatic producers filled in."""
-    built, _ = _built(args)
+    built, _ = _built(args.file, allow_experimental=args.allow_experimental_plugins)
     sys.stdout.write(effective.to_yaml(built.config, Registry()))
     return 0
 
@@ -143,17 +148,17 @@ def _default(field: msgspec.structs.FieldInfo) -> str:
     return f" = {msgspec.json.encode(msgspec.to_builtins(value)).decode()}"
 
 
-def _built(args: argparse.Namespace) -> tuple[Built, str]:
-    text, source = "", args.file or "default configuration"
-    if args.file == "-":
+def _built(file: str | None, *, allow_experimental: bool) -> tuple[Built, str]:
+    text, source = "", file or "default configuration"
+    if file == "-":
         text, source = sys.stdin.read(), "standard input"
-    elif args.file:
+    elif file:
         try:
-            text = Path(args.file).read_text(encoding="utf-8")
+            text = Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(source, [Problem("", f"can't be read: {getattr(error, 'strerror', None) or error}")]) from None
         if not text.strip():
             raise ConfigError(source, [Problem("", "is empty")])
     registry = Registry()
-    config = load(text, source=source, catalogue=registry, allow_experimental=args.allow_experimental_plugins)
+    config = load(text, source=source, catalogue=registry, allow_experimental=allow_experimental)
     return build(config, registry, random.Random(0), MonotonicClock(), source=source), source  # noqa: S311 - nothing is drawn

@@ -258,3 +258,13 @@ def test_a_class_written_as_a_type_and_a_type_nobody_has(capsys: pytest.CaptureF
     ran = Ran(capsys, "plugins", "show", "queue-scorr")
     assert (ran.code, ran.out) == (2, "")
     assert "unknown plugin type 'queue-scorr'; did you mean queue-scorer?" in ran.err
+
+
+def test_several_files_are_checked_and_one_fault_decides_the_exit_code(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text("apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\n")
+    bad.write_text("kind: EndpointPickerConfig\n")
+    ran = Ran(capsys, "check", str(bad), str(good))
+    assert ran.code == 2
+    assert f"{bad}: 1 problem" in ran.err
+    assert f"{good}: valid" in ran.out
