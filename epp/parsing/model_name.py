@@ -19,6 +19,8 @@ _STRING = rb'"(?:[^"\\]++|\\.)*+"'
 _TOKEN = re.compile(rb'\[(?:[^\[\]{}"]++|' + _STRING + rb")*+\]|" + _STRING + rb"|[{}\[\]]", re.DOTALL)
 """What tells where in a JSON text we are: flat arrays (token ids: one step for all of them), strings, brackets. Possessive: linear."""
 _COLON = re.compile(rb"\s*:")
+_LITERAL = re.compile(rb"\s*:\s*(null|true|false|-?[0-9][0-9.eE+-]*)")
+_OBJECT = re.compile(rb"\s*\{\s*(\}?)")
 _KEY = b'"model"'
 _ESCAPE = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
 """How a letter of the key may be written too; nothing here is decoded, for a key need not be valid text."""
@@ -32,17 +34,23 @@ def checked(model: str) -> str:
 
 
 def with_model(body: bytes, model: str) -> bytes:
-    """`body`, a JSON object, with `model` as the value of its top-level `model`; unchanged if it has none that is a string."""
+    """`body`, a JSON object, with `model` as the value of its top-level `model`, which is put first where there is none.
+
+    Unchanged if that is an object or an array, or the body none: the engine says what is wrong with it.
+    """
     wanted = msgspec.json.encode(model)
     parts: list[bytes] = []
     done = depth = 0
     is_model = False
+    key_end = -1
+    """Of the last top-level `model`."""
     for match in _TOKEN.finditer(body):
         token = match[0]
         first = token[:1]
         if first == b'"':
             if depth == 1 and _COLON.match(body, match.end()):
                 is_model = token == _KEY or (b"\\" in token and _ESCAPE.sub(_letter, token) == _KEY)
+                key_end = match.end() if is_model else key_end
             elif depth == 1 and is_model:  # a key given twice is changed twice: decoders differ in which one they take
                 parts += (body[done : match.start()], wanted)
                 done = match.end()
@@ -51,7 +59,22 @@ def with_model(body: bytes, model: str) -> bytes:
             depth += len(token) == 1  # a flat array is over already
         else:
             depth -= 1
+    if not parts:
+        return _inserted(body, wanted, key_end)
     return b"".join((*parts, body[done:]))
+
+
+def _inserted(body: bytes, wanted: bytes, key_end: int) -> bytes:
+    """With a model for a body that has none, or null, or a number."""
+    if key_end >= 0:
+        literal = _LITERAL.match(body, key_end)
+        return body[: literal.start(1)] + wanted + body[literal.end(1) :] if literal else body
+    start = _OBJECT.match(body)
+    if start is None:
+        return body
+    comma = b"" if start[1] else b","
+    at = start.start(1) if start[1] else start.end()
+    return b"".join((body[:at], _KEY, b":", wanted, comma, body[at:]))
 
 
 def _letter(escape: re.Match[bytes]) -> bytes:

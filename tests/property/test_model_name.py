@@ -63,9 +63,23 @@ def test_only_the_bytes_of_the_top_level_name_change(parts: tuple[str, str, str]
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.dictionaries(TEXTS, VALUES, max_size=5), NAMES, st.one_of(st.none(), st.integers(), st.lists(NAMES), st.just({"model": "m"})))
-def test_without_a_top_level_name_that_is_text_nothing_changes(fields: dict[str, object], target: str, other: object) -> None:
-    for value in ({k: v for k, v in fields.items() if k != "model"}, fields | {"model": other}, [{"model": "m"}], "model", 3):
+@given(st.dictionaries(TEXTS, VALUES, max_size=5), NAMES, st.sampled_from([None, True, 0, -3, 1.5e9]), SPACES)
+def test_a_body_without_a_name_gets_one_and_keeps_everything_else(
+    fields: dict[str, object], target: str, other: object, space: str
+) -> None:
+    nameless = {k: v for k, v in fields.items() if k != "model"}
+    for value in (nameless, fields | {"model": other}):
+        body = (space + json.dumps(value) + space).encode()
+        changed = with_model(body, target)
+        assert json.loads(changed) == value | {"model": target}
+        assert json.loads(changed, object_pairs_hook=list) != json.loads(body, object_pairs_hook=list)
+        assert len(changed) >= len(body) - len(json.dumps(other))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.dictionaries(TEXTS, VALUES, max_size=5), NAMES, st.one_of(st.lists(NAMES), st.just({"model": "m"})))
+def test_what_is_no_object_or_has_a_model_that_can_be_no_name_is_left_alone(fields: dict[str, object], target: str, other: object) -> None:
+    for value in (fields | {"model": other}, [{"model": "m"}], "model", 3):
         body = json.dumps(value).encode()
         assert with_model(body, target) == body
 
