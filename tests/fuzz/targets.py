@@ -25,7 +25,7 @@ from epp.extproc.health import Health
 from epp.extproc.messages import BodyMode, Event, Immediate, Reply
 from epp.extproc.session import Session
 from epp.parsing.media import REQUEST_TOKENS_MAX
-from epp.parsing.model_name import ModelRestorer, with_model
+from epp.parsing.model_name import ModelRestorer
 from epp.parsing.routes import Routes
 from epp.parsing.usage import JsonUsage, SseUsage
 from epp.types import LLMRequest
@@ -196,7 +196,11 @@ def _is_answer(reply: Reply) -> bool:
 # Request bodies and responses
 
 _routes = Routes.default(unknown_paths_ok=False)
-_PATHS = (PATH, "/v1/completions", "", "/v1/embeddings", "/nowhere")
+_PATHS = (
+    PATH, "/v1/completions", "", "/v1/embeddings", "/nowhere", "/v1/responses", "/v1/conversations", "/v1/images/generations", "/v1/messages",
+    "/generate", "/inference/v1/generate", "/vllm.grpc.engine.VllmEngine/Generate", "/vllm.grpc.engine.VllmEngine/Embed",
+    "/google.cloud.aiplatform.v1.PredictionService/ChatCompletions", "/google.cloud.aiplatform.v1.PredictionService/RawPredict",
+)  # fmt: skip
 
 
 class _Named(msgspec.Struct):
@@ -211,14 +215,22 @@ def request(data: bytes) -> None:
     head, body = data[0] if data else 0, data[1:]
     read = LLMRequest(id="r", path=_PATHS[head % len(_PATHS)], headers={})
     try:
-        _routes.parse(read, body)
+        parser = _routes.parse(read, body)
     except (BadRequestError, NotFoundError):
         return
     finally:
         _respond(head, body)
+    if parser is not None:
+        for event_stream in (False, True):
+            usage = parser.usage(event_stream=event_stream)
+            if usage is not None:
+                usage.feed(body[:head])
+                usage.feed(body[head:])
+                usage.finish()
     assert 0 <= read.prompt_tokens <= len(body) + (2 * REQUEST_TOKENS_MAX if read.media or b"embeds" in body else 0)
-    if read.model:
-        assert _decode_named(with_model(body, "t")).model == "t"
+    changed = parser.with_model(body, "t") if read.model and parser is not None else None
+    if changed is not None:
+        assert _decode_named(changed).model == "t"
 
 
 def _respond(cut: int, body: bytes) -> None:
