@@ -105,7 +105,7 @@ class Picker:
                 options=self._fetching,
                 clock=clock,
                 rng=rng,
-                on_restart=self.policy.restarted,
+                on_restart=self._restarted,
                 interval_min_s=options.refresh_metrics_interval_s,
             )
         except ValueError as error:
@@ -181,6 +181,7 @@ class Picker:
             decisions,
             self._plugins,
             datastore=self.datastore,
+            engine=self.scraper.engine,
             debug=options.enable_debug_endpoints,
             admin_token=self._admin_token,
             listen_problem=listen_problem,
@@ -287,6 +288,10 @@ class Picker:
 
     def _metrics_paths(self, endpoint: Endpoint) -> Iterable[str]:
         return self._families.paths(endpoint)
+
+    def _restarted(self, endpoint: Endpoint) -> None:
+        self.policy.restarted(endpoint)
+        self.outliers.restarted(endpoint)
 
     def _plugins(self) -> Iterable[Plugin]:
         return self.policy.built.plugins.values()

@@ -84,9 +84,16 @@ class Outliers:
             self._datastore.set_ejected(endpoint, ejected=False)
             _log.info("endpoint is back", extra={"fields": {"endpoint": endpoint.name, "address": endpoint.destination}})
 
+    def restarted(self, endpoint: Endpoint) -> None:
+        """Another process answers there now: what the one before did is not held against it."""
+        if self._troubles.pop(endpoint, None) is not None:
+            self._datastore.set_ejected(endpoint, ejected=False)
+
     def probing(self, endpoint: Endpoint) -> None:
         """A half-open endpoint was picked: nobody else until that request is answered."""
-        trouble = self._troubles[endpoint]
+        trouble = self._troubles.get(endpoint)
+        if trouble is None:
+            return
         trouble.probing = True
         trouble.until_s = self._clock.now_s() + PROBE_S
         self._datastore.set_ejected(endpoint, ejected=True)

@@ -31,13 +31,14 @@ from epp.errors import StartError
 from epp.observe.metrics import Metrics
 from epp.parsing.routes import path_of
 from epp.plugins.base import Plugin, hook
-from epp.types import LLMRequest
+from epp.types import Endpoint, LLMRequest
 
 _log = logging.getLogger("epp.console")
 
 EXPLAIN_BYTES_MAX = 16 << 20
 """Limit on a request to explain."""
 DECISIONS_SHOWN_MAX = 1_000
+ADAPTERS_SHOWN_MAX = 32
 NEVER_S = 1e9
 """An age beyond this is that of a reading never taken."""
 
@@ -67,16 +68,18 @@ class HttpServer:
         plugins: Callable[[], Iterable[Plugin]],
         *,
         datastore: Datastore,
+        engine: Callable[[Endpoint], str],
         debug: bool,
         admin_token: Callable[[], str],
         listen_problem: Callable[[str | None, int, OSError], str],
     ) -> None:
-        """`admin_token`: asked for with every use, so that it can be renewed; empty: there is none."""
+        """`engine`: the family an endpoint's engine is of. `admin_token`: asked for with every use, so that it can be renewed; empty: there is none."""
         self._metrics = metrics
         self._director = director
         self._decisions = decisions
         self._plugins = plugins
         self._datastore = datastore
+        self._engine = engine
         self._admin_token = admin_token
         self._listen_problem = listen_problem
         app = web.Application(client_max_size=EXPLAIN_BYTES_MAX)
@@ -128,6 +131,12 @@ class HttpServer:
                 "waiting": e.waiting_estimate,
                 "running": e.running_estimate,
                 "kv_usage": round(e.kv_usage_estimate, 4),
+                "kv_capacity_tokens": e.kv_capacity_tokens,
+                "adapters_active": sorted(e.adapters_active)[:ADAPTERS_SHOWN_MAX],
+                "adapters_max": e.adapters_max,
+                "engine": self._engine(e),
+                "prefill_tokens_per_s": round(e.capacity.prefill_tokens_per_s),
+                "decode_step_s": round(e.capacity.step_s, 6),
                 "in_flight_requests": e.inflight_requests,
                 "in_flight_tokens": e.inflight_tokens,
                 "picks": e.picks_total,

@@ -51,6 +51,7 @@ def server_of(world: Core, *, debug: bool = True, kept: int = 8, token: str = ""
         decisions,
         lambda: world.built.plugins.values(),  # noqa: PLW0108 - of the configuration that is in service when asked
         datastore=world.datastore,
+        engine=lambda _endpoint: "vllm",
         debug=debug,
         admin_token=lambda: token,
         listen_problem=lambda host, port, error: f"{host}:{port}: {error.strerror}",

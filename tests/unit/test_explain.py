@@ -64,6 +64,7 @@ async def console(world: Core, *, debug: bool = True, kept: bool = True) -> Asyn
         decisions,
         world.built.plugins.values,
         datastore=world.datastore,
+        engine=lambda _endpoint: "vllm",
         debug=debug,
         admin_token=str,
         listen_problem=lambda host, port, error: f"{host}:{port}: {error}",

@@ -206,3 +206,13 @@ def test_only_one_request_tries_a_half_open_endpoint() -> None:
     assert [each.decision.endpoint.name for each in (first, *others)] == ["pod-1"] + ["pod-2"] * 5
     first.response_headers(200, event_stream=False, served="", code_details="")
     assert [send(number).decision.endpoint.name for number in range(6, 9)] == ["pod-1"] * 3, "it answered"
+
+
+def test_a_new_process_starts_without_the_old_ones_failures() -> None:
+    world = core(2)
+    endpoint = world.endpoint(1)
+    world.outliers.failed(endpoint, "connection failed", certain=True)
+    assert endpoint.ejected
+    world.outliers.restarted(endpoint)
+    assert (endpoint.ejected, endpoint.half_open, len(world.outliers)) == (False, False, 0)
+    world.outliers.restarted(world.endpoint(2))  # nothing to forget
