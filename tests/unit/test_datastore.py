@@ -280,3 +280,27 @@ def test_charges_are_the_sum_of_open_tickets_and_every_change_is_told(steps: lis
     for ticket in tickets:
         ticket.release()
     assert [(e.inflight_requests, e.inflight_tokens) for e in endpoints] == [(0, 0)] * 3
+
+
+def test_a_reading_fades_into_our_own_count_while_the_engine_is_silent() -> None:
+    clock = VirtualClock(1000.0)
+    pool = Datastore(clock)
+    pool.apply([spec(1)])
+    (endpoint,) = pool.endpoints.values()
+    pool.record_reading(endpoint, Reading(waiting=8.0, running=4.0, kv_usage=0.8), sent_requests=0, sent_tokens=0)
+    tickets = [Ticket(endpoint, 10), Ticket(endpoint, 10)]
+    for age_s, trusted in ((1.0, 1.0), (2.0, 1.0), (6.0, 0.5), (10.0, 0.0), (100.0, 0.0)):
+        clock.advance(1000.0 + age_s - clock.now_s())
+        seen = pool.changes.count
+        before = endpoint.trusted
+        pool.record_silence(endpoint)
+        assert endpoint.trusted == trusted
+        assert (pool.changes.count > seen) is (trusted != before), "scores are computed anew only when it changed"
+        # 8 waiting and 2 sent since, against 2 in flight; all of those count as waiting once nothing else is known
+        assert endpoint.waiting_estimate == pytest.approx(10 * trusted + 2 * (1 - trusted))
+        assert endpoint.running_estimate == pytest.approx(4 * trusted + 2 * (1 - trusted))
+    for ticket in tickets:
+        ticket.release()
+    assert (endpoint.waiting_estimate, endpoint.running_estimate) == (0.0, 0.0), "a queue of long ago repels nobody"
+    pool.record_reading(endpoint, Reading(waiting=1.0), sent_requests=9, sent_tokens=0)
+    assert (endpoint.trusted, endpoint.waiting_estimate) == (1.0, 1.0)
