@@ -18,6 +18,8 @@ COMMANDS = {
     "scrape": "CPU of reading the engines' metrics, and the age of readings, by endpoints",
     "replay": "what policies do to latency, in virtual time: the product's own scheduling against the field's",
     "compare": "two files of replay, side by side",
+    "load": "open-loop load for any ext_proc picker: how long decisions take, at a rate it cannot slow down",
+    "live": "what policies do to latency, with real processes: simulated engines behind Envoy and the picker, and other routers",
     "echo": "the baseline by itself: an ext_proc server on grpc.aio that echoes and picks nothing",
     "metrics-stub": "model servers that only serve /metrics, for the picker to scrape",
 }
@@ -52,8 +54,8 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    args = _parser(argv[0] if argv else None).parse_args(argv)
     try:
+        args = _parser(argv[0] if argv else None).parse_args(argv)
         code: int = args.run(args)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)

@@ -7,19 +7,23 @@ number is reached. exchange.py says what is checked.
 
 No coroutine per stream: a read of the socket is turned into messages, each advances its stream's state, and all that this gives to send
 goes out in one write. The client shares the machine with the server, so it has to be the cheaper one of the two.
+
+`Connection` is what every load has in common; `ClosedConnection` keeps so many streams busy and takes nothing wrong, load/ opens streams
+when their time has come and counts what goes wrong.
 """
 
+import abc
 import asyncio
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self, cast
+from typing import ClassVar, Generic, Protocol, Self, TypeVar, cast
 
 import ngh2
 
 from bench import BenchError
-from bench.exchange import Exchange, Wait
+from bench.exchange import Exchange, GrpcMessages, Wait
 from bench.workload import Workload
 
 READ_BYTES_MAX = 256 * 1024
@@ -38,6 +42,26 @@ GRPC_HEADERS = (
 )
 
 
+class StreamState(Protocol):
+    """One exchange as a connection drives it."""
+
+    wait: Wait
+
+    @property
+    def messages(self) -> GrpcMessages: ...
+
+    def open(self) -> bytes:
+        """What to send first."""
+        ...
+
+    def advance(self, reply: bytes) -> bytes:
+        """Check a reply; what to send because of it, if anything. Raises BenchError if it is wrong."""
+        ...
+
+
+StateT = TypeVar("StateT", bound=StreamState)
+
+
 @dataclass(slots=True)
 class Load:
     """One run: so many exchanges of a workload, over all connections."""
@@ -53,15 +77,16 @@ class Load:
             self.done.set_exception(error)
 
 
-class Connection(asyncio.BufferedProtocol):
-    """One HTTP/2 connection and its streams."""
+class Connection(asyncio.BufferedProtocol, Generic[StateT]):
+    """One HTTP/2 connection and its streams. What happens to a stream that ends, well or badly, is for the subclass."""
 
-    def __init__(self, streams: int, *, graceful: bool) -> None:
-        self._streams_max = streams
+    request_headers: ClassVar[tuple[tuple[bytes, bytes], ...]] = GRPC_HEADERS
+
+    def __init__(self, *, graceful: bool) -> None:
         self._graceful = graceful
         self._buffer = memoryview(bytearray(READ_BYTES_MAX))
-        self._exchanges: dict[int, Exchange] = {}
-        self._load: Load | None = None
+        self._exchanges: dict[int, StateT] = {}
+        """In the order they were opened in."""
         self._transport: asyncio.Transport | None = None
         self._closing = False
         self.closed = asyncio.Event()
@@ -69,14 +94,24 @@ class Connection(asyncio.BufferedProtocol):
         self._h2.initiate_connection({ngh2.Setting.ENABLE_PUSH: 0, ngh2.Setting.INITIAL_WINDOW_SIZE: STREAM_WINDOW_BYTES})
         self._h2.set_local_window_size(CONNECTION_WINDOW_BYTES)
 
-    def begin(self, load: Load) -> None:
-        if self.closed.is_set():
-            load.fail(BenchError("the server has closed the connection"))
-            return
-        self._load = load
-        for _ in range(self._streams_max):
-            self._open_next(load)
-        self._flush()
+    # for the subclass
+
+    @abc.abstractmethod
+    def on_finished(self, stream_id: int, exchange: StateT) -> None:
+        """An exchange that went as it should; its stream is gone."""
+
+    def on_stream_error(self, stream_id: int, error: BenchError) -> None:
+        """An exchange that went wrong. By default the whole connection fails with it."""
+        del stream_id
+        raise error
+
+    def on_goaway(self, error: BenchError) -> None:
+        """The server wants no more streams. By default the connection fails."""
+        raise error
+
+    @abc.abstractmethod
+    def on_lost(self, error: BenchError) -> None:
+        """The connection is of no more use; its exchanges are forgotten."""
 
     def close(self) -> None:
         self._closing = True
@@ -86,24 +121,26 @@ class Connection(asyncio.BufferedProtocol):
     def waiting_for(self) -> Counter[str]:
         return Counter(exchange.wait.value for exchange in self._exchanges.values())
 
-    def _open_next(self, load: Load) -> None:
-        if not load.remaining:
-            return
-        load.remaining -= 1
-        exchange = Exchange(load.workload, load.destinations)
-        stream_id = self._h2.send_request(GRPC_HEADERS)
+    def open(self, exchange: StateT) -> None:
+        """A stream for it; nothing is sent before `flush`."""
+        stream_id = self._h2.send_request(self.request_headers)
         self._exchanges[stream_id] = exchange
         self._h2.send_data(stream_id, exchange.open())
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         if self._transport is not None and (data := self._h2.data_to_send()):
             self._transport.write(data)
+
+    def reset(self, stream_id: int) -> None:
+        """Ends a stream and forgets its exchange."""
+        self._exchanges.pop(stream_id, None)
+        self._h2.reset_stream(stream_id, CANCEL)
 
     # asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by inheritance
-        self._flush()
+        self.flush()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's signature
         return self._buffer
@@ -118,7 +155,7 @@ class Connection(asyncio.BufferedProtocol):
         except BenchError as error:
             self._fail(error)
         else:
-            self._flush()
+            self.flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed.set()
@@ -128,9 +165,8 @@ class Connection(asyncio.BufferedProtocol):
     # HTTP/2
 
     def _fail(self, error: BenchError) -> None:
+        self.on_lost(error)
         self._exchanges.clear()
-        if self._load is not None:
-            self._load.fail(error)
         self.close()
 
     def _on_event(self, event: ngh2.Event) -> None:
@@ -140,25 +176,30 @@ class Connection(asyncio.BufferedProtocol):
                     self._on_data(stream_id, exchange, data)
             case ngh2.ResponseReceived(stream_id=stream_id, headers=headers):
                 if stream_id in self._exchanges and (dict(headers).get(b":status") != b"200" or b"grpc-status" in dict(headers)):
-                    raise BenchError(f"the server answered a stream with {dict(headers)}")
+                    self.on_stream_error(stream_id, StreamError(f"the server answered a stream with {dict(headers)}", dict(headers)))
             case ngh2.TrailersReceived(stream_id=stream_id, headers=headers):
                 self._on_trailers(stream_id, dict(headers))
             case ngh2.StreamReset(stream_id=stream_id, error_code=code) | ngh2.StreamClosed(stream_id=stream_id, error_code=code):
-                if stream_id in self._exchanges:
-                    raise BenchError(f"the server ended a stream that waits for {self._exchanges[stream_id].wait.value} (error {code})")
+                if (waiting := self._exchanges.get(stream_id)) is not None:
+                    text = f"the server ended a stream that waits for {waiting.wait.value} (error {code})"
+                    self.on_stream_error(stream_id, StreamError(text, {}, int(code)))
             case ngh2.GoAwayReceived(error_code=code):
-                raise BenchError(f"the server sent GOAWAY (error {code})")
+                self.on_goaway(BenchError(f"the server sent GOAWAY (error {code})"))
             case _:
                 pass
 
-    def _on_data(self, stream_id: int, exchange: Exchange, data: bytes) -> None:
-        for reply in exchange.messages.feed(data):
-            if sending := exchange.advance(reply):
-                self._h2.send_data(stream_id, sending)
+    def _on_data(self, stream_id: int, exchange: StateT, data: bytes) -> None:
+        try:
+            for reply in exchange.messages.feed(data):
+                if sending := exchange.advance(reply):
+                    self._h2.send_data(stream_id, sending)
+        except BenchError as error:
+            self.on_stream_error(stream_id, error)
+            return
         if exchange.wait is Wait.END:
             if not exchange.messages.empty:
-                raise BenchError("bytes after the last reply")
-            if self._graceful:
+                self.on_stream_error(stream_id, BenchError("bytes after the last reply"))
+            elif self._graceful:
                 self._h2.end_stream(stream_id)
             else:
                 self._h2.reset_stream(stream_id, CANCEL)
@@ -168,11 +209,47 @@ class Connection(asyncio.BufferedProtocol):
         if (exchange := self._exchanges.get(stream_id)) is None:
             return
         if exchange.wait is not Wait.END or trailers.get(b"grpc-status") != b"0":
-            raise BenchError(f"the server ended a stream that waits for {exchange.wait.value} with {trailers}")
+            text = f"the server ended a stream that waits for {exchange.wait.value} with {trailers}"
+            self.on_stream_error(stream_id, StreamError(text, trailers))
+            return
         self._finish(stream_id)
 
     def _finish(self, stream_id: int) -> None:
-        del self._exchanges[stream_id]
+        self.on_finished(stream_id, self._exchanges.pop(stream_id))
+
+
+class StreamError(BenchError):
+    """A stream that the server ended: with what headers, or with what HTTP/2 error."""
+
+    def __init__(self, text: str, headers: dict[bytes, bytes], code: int = 0) -> None:
+        super().__init__(text)
+        self.headers = headers
+        self.code = code
+
+
+class ClosedConnection(Connection[Exchange]):
+    """So many streams at a time, a new one for each that ends; the first thing wrong ends the run."""
+
+    def __init__(self, streams: int, *, graceful: bool) -> None:
+        super().__init__(graceful=graceful)
+        self._streams_max = streams
+        self._load: Load | None = None
+
+    def begin(self, load: Load) -> None:
+        if self.closed.is_set():
+            load.fail(BenchError("the server has closed the connection"))
+            return
+        self._load = load
+        for _ in range(self._streams_max):
+            self._open_next(load)
+        self.flush()
+
+    def on_lost(self, error: BenchError) -> None:
+        if self._load is not None:
+            self._load.fail(error)
+
+    def on_finished(self, stream_id: int, exchange: Exchange) -> None:
+        del stream_id, exchange
         load = self._load
         assert load is not None
         load.unfinished -= 1
@@ -180,6 +257,11 @@ class Connection(asyncio.BufferedProtocol):
             self._open_next(load)
         elif not load.unfinished and not load.done.done():
             load.done.set_result(None)
+
+    def _open_next(self, load: Load) -> None:
+        if load.remaining:
+            load.remaining -= 1
+            self.open(Exchange(load.workload, load.destinations))
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +286,7 @@ class Client:
             raise BenchError("there must be at least one connection, and not more connections than streams")
         self._port = port
         shares = [streams // connections + (i < streams % connections) for i in range(connections)]
-        self._connections = [Connection(share, graceful=graceful) for share in shares]
+        self._connections = [ClosedConnection(share, graceful=graceful) for share in shares]
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()

@@ -8,7 +8,8 @@ belongs to one of `prefixes` system prompts, and making one costs a copy of its 
 import itertools
 import json
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from epp._pb.epp_ext_proc_pb2 import (
     FULL_DUPLEX_STREAMED,
@@ -19,6 +20,7 @@ from epp._pb.epp_ext_proc_pb2 import (
     HeaderValue,
     HttpBody,
     HttpHeaders,
+    Metadata,
     ProcessingRequest,
     ProcessingResponse,
     ProtocolConfiguration,
@@ -36,6 +38,42 @@ VOCABULARY = (
     "document section table figure result method function return value error message client stream header body metric policy"
 )
 WORDS = VOCABULARY.split()
+TOKEN_BYTES = 4
+"""Of text, about: what every picker without a tokenizer assumes."""
+SUBSET_NAMESPACE = "envoy.lb.subset_hint"
+SUBSET_KEY = "x-gateway-destination-endpoint-subset"
+USAGE: Mapping[str, object] = {
+    "prompt_tokens": 241, "total_tokens": 340, "completion_tokens": 99, "prompt_tokens_details": {"cached_tokens": 128},
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What requests say beside their text, and what the gateway says of them."""
+
+    model: str = MODEL
+    max_tokens: int = 256
+    usage: Mapping[str, object] = field(default_factory=lambda: USAGE)
+    """Told at the end of every answer."""
+    subset: tuple[str, ...] = ()
+    """The gateway's hint: only these endpoints; none: no hint."""
+
+    @classmethod
+    def tokens(cls, prompt: int, output: int, *, model: str = MODEL, subset: tuple[str, ...] = ()) -> "Asked":
+        """With the usage that fits them."""
+        usage = {"prompt_tokens": prompt, "total_tokens": prompt + output, "completion_tokens": output}
+        return cls(model, max(1, output), {**usage, "prompt_tokens_details": {"cached_tokens": prompt // 2}}, subset)
+
+    def metadata(self) -> Metadata | None:
+        """With every message of the request phase, as Envoy sends it; pickers differ in which one they read."""
+        if not self.subset:
+            return None
+        metadata = Metadata()
+        metadata.filter_metadata[SUBSET_NAMESPACE].update({SUBSET_KEY: list(self.subset)})
+        return metadata
+
+
+PLAIN = Asked()
 
 
 def framed(message: bytes) -> bytes:
@@ -54,18 +92,23 @@ def _text(rng: random.Random, size: int) -> str:
     return "\n".join(lines)[:size]
 
 
-def _chat_body(size: int, shared: str, own: str, *, stream: bool) -> bytes:
-    """A chat completion of exactly `size` bytes: `shared` as the system prompt, then MARK and as much of `own` as fits."""
+def _chat_frame(shared: str, *, stream: bool, asked: Asked) -> tuple[str, str, str]:
+    """A chat completion before, at and after MARK."""
     request: dict[str, object] = {
-        "model": MODEL,
+        "model": asked.model,
         "messages": [{"role": "system", "content": shared}, {"role": "user", "content": MARK.decode()}],
-        "max_tokens": 256,
+        "max_tokens": asked.max_tokens,
         "temperature": 0.7,
         "stream": stream,
     }
     if stream:
         request["stream_options"] = {"include_usage": True}
-    head, mark, tail = json.dumps(request, separators=(",", ":")).partition(MARK.decode())
+    return json.dumps(request, separators=(",", ":")).partition(MARK.decode())
+
+
+def _chat_body(size: int, shared: str, own: str, *, stream: bool, asked: Asked) -> bytes:
+    """A chat completion of exactly `size` bytes: `shared` as the system prompt, then MARK and as much of `own` as fits."""
+    head, mark, tail = _chat_frame(shared, stream=stream, asked=asked)
     room = size - len(head) - len(mark) - len(tail)
     if room < 0:
         raise ValueError(f"a chat body of {size} bytes does not hold its own frame")
@@ -78,7 +121,7 @@ def _header_map(headers: dict[str, str]) -> HeaderMap:
     return HeaderMap(headers=[HeaderValue(key=key, raw_value=value.encode()) for key, value in headers.items()])
 
 
-def _request_headers(body_bytes: int) -> bytes:
+def _request_headers(body_bytes: int, asked: Asked) -> bytes:
     headers = {
         ":authority": "inference.example.com",
         ":path": "/v1/chat/completions",
@@ -97,7 +140,8 @@ def _request_headers(body_bytes: int) -> bytes:
         "x-request-id": "5b0f5a3c-8f5c-4f6e-9d43-0d5a6b1f7c11",
     }
     config = ProtocolConfiguration(request_body_mode=FULL_DUPLEX_STREAMED, response_body_mode=FULL_DUPLEX_STREAMED)
-    return ProcessingRequest(request_headers=HttpHeaders(headers=_header_map(headers)), protocol_config=config).SerializeToString()
+    message = HttpHeaders(headers=_header_map(headers))
+    return ProcessingRequest(request_headers=message, protocol_config=config, metadata_context=asked.metadata()).SerializeToString()
 
 
 def _body_pieces(body: bytes) -> list[bytes]:
@@ -138,12 +182,13 @@ class _Template:
     body: tuple[bytes, bytes]
 
 
-def _template(size: int, shared: str, own: str, *, stream: bool) -> _Template:
-    body = _chat_body(size, shared, own, stream=stream)
-    messages = [_request_headers(size)]
+def _template(size: int, shared: str, own: str, *, stream: bool, asked: Asked) -> _Template:
+    body = _chat_body(size, shared, own, stream=stream, asked=asked)
+    messages = [_request_headers(size, asked)]
     pieces = _body_pieces(body)
     for i, piece in enumerate(pieces):
-        messages.append(ProcessingRequest(request_body=HttpBody(body=piece, end_of_stream=i == len(pieces) - 1)).SerializeToString())
+        part = HttpBody(body=piece, end_of_stream=i == len(pieces) - 1)
+        messages.append(ProcessingRequest(request_body=part, metadata_context=asked.metadata()).SerializeToString())
     before, _, after = b"".join(map(framed, messages)).partition(MARK)
     body_before, _, body_after = body.partition(MARK)
     return _Template((before, after), (body_before, body_after))
@@ -156,16 +201,16 @@ def _chunk(body: bytes, *, last: bool) -> Chunk:
     return Chunk(framed(request), body, last, reply.SerializeToString())
 
 
-USAGE = {"prompt_tokens": 241, "total_tokens": 340, "completion_tokens": 99, "prompt_tokens_details": {"cached_tokens": 128}}
-
-
-def _response_bodies(chunks: int) -> list[bytes]:
+def _response_bodies(chunks: int, asked: Asked) -> list[bytes]:
     """A JSON answer in one piece, or `chunks` server-sent events as vLLM writes them: a token each, the last with usage and [DONE]."""
-    frame: dict[str, object] = {"id": "chatcmpl-bf75a0ccc4e9dc98", "created": 1795227461, "model": MODEL}
+    frame: dict[str, object] = {"id": "chatcmpl-bf75a0ccc4e9dc98", "created": 1795227461, "model": asked.model}
     if chunks == 1:
-        message = {"role": "assistant", "content": "A short answer to the question that was asked."}
+        text = "A short answer to the question that was asked."
+        if asked.usage is not USAGE:
+            text = " ".join(WORDS[i % len(WORDS)] for i in range(asked.max_tokens))
+        message = {"role": "assistant", "content": text}
         choice: dict[str, object] = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
-        whole = {**frame, "object": "chat.completion", "choices": [choice], "usage": USAGE}
+        whole = {**frame, "object": "chat.completion", "choices": [choice], "usage": asked.usage}
         return [json.dumps(whole, separators=(",", ":")).encode()]
 
     def event(content: dict[str, object]) -> bytes:
@@ -175,24 +220,34 @@ def _response_bodies(chunks: int) -> list[bytes]:
         event({"choices": [{"index": 0, "delta": {"content": f" {WORDS[i % len(WORDS)]}"}, "logprobs": None, "finish_reason": None}]})
         for i in range(chunks - 1)
     ]
-    return [*events, event({"choices": [], "usage": USAGE}) + b"data: [DONE]\n\n"]
+    return [*events, event({"choices": [], "usage": asked.usage}) + b"data: [DONE]\n\n"]
 
 
 class Workload:
     """An endless supply of new conversations of one size, and the one answer they all get."""
 
-    def __init__(self, prompt_kb: int, chunks: int, *, prefixes: int = 32, seed: int = 1) -> None:
+    def __init__(self, prompt_kb: float, chunks: int, *, prefixes: int = 32, seed: int = 1, asked: Asked = PLAIN) -> None:
         rng = random.Random(f"{seed}/{prompt_kb}/{chunks}")  # another text for each case: none meets a prompt of another
-        size, stream = prompt_kb * 1024, chunks > 1
+        size, stream = round(prompt_kb * 1024), chunks > 1
         own = _text(rng, size)
+        shared_bytes = max(0, size // 2 - 160)
         self.prompt_kb = prompt_kb
         self.chunks = chunks
-        self._templates = [_template(size, _text(rng, size // 2 - 160), own, stream=stream) for _ in range(prefixes)]
+        self._templates = [_template(size, _text(rng, shared_bytes), own, stream=stream, asked=asked) for _ in range(prefixes)]
         self._serials = itertools.count()
         headers = {":status": "200", "content-type": "text/event-stream; charset=utf-8" if stream else "application/json"}
         headers |= {"date": "Sat, 21 Nov 2026 02:17:40 GMT", "server": "uvicorn"}
         self.response_headers = framed(ProcessingRequest(response_headers=HttpHeaders(headers=_header_map(headers))).SerializeToString())
-        self.response = [*(_chunk(body, last=False) for body in _response_bodies(chunks)), _chunk(b"", last=True)]
+        self.response = [*(_chunk(body, last=False) for body in _response_bodies(chunks, asked)), _chunk(b"", last=True)]
+
+    @classmethod
+    def of_tokens(
+        cls, prompt: int, output: int, *, stream: bool = True, prefixes: int = 32, seed: int = 1, asked: Asked = PLAIN
+    ) -> "Workload":
+        """Prompts of about so many tokens, text alone counted; the answer an event a token, and one with usage, or a JSON document."""
+        frame = sum(map(len, _chat_frame("", stream=stream, asked=asked)))
+        chunks = max(1, output) + 1 if stream else 1
+        return cls((frame + prompt * TOKEN_BYTES) / 1024, chunks, prefixes=prefixes, seed=seed, asked=asked)
 
     def next_conversation(self) -> Conversation:
         serial = next(self._serials)
