@@ -145,10 +145,10 @@ def _worker() -> None:
 
 def _one(work: tuple[Settings, int, Cell]) -> tuple[int, Row, float]:
     settings, position, cell = work
-    quiet()
     before_s = time.process_time()
     try:
-        row = row_of(settings, cell)
+        with quiet():
+            row = row_of(settings, cell)
     except ConfigError as error:
         raise BenchError(f"policy {cell.policy}: {error}") from None
     return position, row, time.process_time() - before_s

@@ -7,8 +7,10 @@ with the counts of what was sent before it was asked.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
+from collections.abc import Iterator
 
 from bench.replay.engine import Gauges
 from bench.replay.job import BLOCK_TOKENS, Job
@@ -174,6 +176,13 @@ def _usage(job: Job) -> bytes:
     return f'data: {{"choices":[],"usage":{{{counts},"prompt_tokens_details":{{"cached_tokens":{cached}}}}}}}\n\ndata: [DONE]\n\n'.encode()
 
 
-def quiet() -> None:
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
     """What the product logs of ejections and configurations is not the bench's output."""
-    logging.getLogger("epp").setLevel(logging.ERROR)
+    logger = logging.getLogger("epp")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -225,7 +225,11 @@ def test_scores_worked_out_by_hand(row: Row) -> None:
     assert list(scorer.score(asked(row), tuple(endpoints))) == pytest.approx(list(row.scores))
 
 
-ELSEWHERE = {"session-affinity-scorer": "test_session_affinity", "topology-affinity-scorer": "test_scorers_with_memory"}
+ELSEWHERE = {
+    "session-affinity-scorer": "test_session_affinity",
+    "topology-affinity-scorer": "test_scorers_with_memory",
+    "cost-aware-scorer": "tests/unit/test_cost_aware.py, whose scores depend on what came before",
+}
 
 
 def test_every_scorer_has_golden_scores() -> None:

@@ -9,7 +9,7 @@ import pytest
 from epp.exchange import Exchange
 from epp.plugins.cost_model import SAMPLES_MIN, CostModel
 from epp.plugins.scorers.cost_aware import CostAwareScorer, Lane
-from epp.types import LLMRequest
+from epp.types import Decision, LLMRequest, PrefixMatch
 from tests.builders import PATH, Core, core
 
 CONFIG = """
@@ -182,3 +182,20 @@ def test_an_endpoint_that_goes_takes_its_lane_along() -> None:
     pool.datastore.apply([])
     assert lanes(scorer) == {}
     exchange.finish(complete=True)
+
+
+def test_the_formula_by_hand() -> None:
+    """Before anything is known: 100 us a token, no overhead. One prompt of 10 000 tokens waits on pod-1; pod-2 decodes two requests."""
+    pool, scorer = world(2)
+    one, two = pool.endpoint(1), pool.endpoint(2)
+    sent = [LLMRequest(id="r", path=PATH, headers={}) for _ in range(3)]
+    for request, endpoint, tokens in zip(sent, (one, two, two), (10_000, 500, 500), strict=True):
+        request.prompt_tokens, request.stream = tokens, True
+        scorer.picked(request, Decision(endpoint, (), "default"))
+        if endpoint is two:
+            scorer.first_token(request, endpoint, 0.1)
+    request = LLMRequest(id="r", path=PATH, headers={})
+    request.prompt_tokens = 2_000
+    request.prefix = PrefixMatch([1], [1_500], 2_000, {one.slot: 1_500})
+    # pod-1: wait 1 s + own 500 x 100 us = 1.05 s; pod-2: own 2 000 x 100 us x (1 + 0.03 x 2) = 0.212 s
+    assert scorer.score(request, (one, two)) == pytest.approx([1 / 2.05, 1 / 1.212])
