@@ -197,9 +197,9 @@ class Director:
 
     def response_headers(self, exchange: Exchange | None, served: str) -> dict[str, str] | None:
         """What to add to a response's headers."""
-        added = exchange.added_headers() if exchange is not None else {}
+        added = exchange.added_headers() if exchange is not None else None
         if self._test_headers:
-            added[TEST_SERVED] = served or "fail: missing destination endpoint served metadata"
+            added = {**(added or {}), TEST_SERVED: served or "fail: missing destination endpoint served metadata"}
         return added or None
 
     def _understand(self, request: LLMRequest, body: bytes | None, *, count: bool = True) -> tuple[Parser | None, str]:

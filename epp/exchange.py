@@ -113,8 +113,10 @@ class Exchange:
             else:
                 self._usage_reader = SseUsage() if event_stream else JsonUsage()
 
-    def added_headers(self) -> dict[str, str]:
+    def added_headers(self) -> dict[str, str] | None:
         """What plugins add to the response's headers."""
+        if not self._scheduler.response_headers:
+            return None
         added: dict[str, str] = {}
         ticket = self._ticket
         if ticket is not None:
