@@ -28,7 +28,7 @@ from epp.engines.family import EngineFamily
 from epp.engines.fetch import HttpFetcher
 from epp.engines.models import ModelsPoller
 from epp.engines.scraper import Scraper
-from epp.engines.settings import Families, fetch_options
+from epp.engines.settings import Families, fetch_options, interval_s
 from epp.errors import ConfigError, Problem, StartError
 from epp.extproc import tls
 from epp.extproc.grpc_aio import GrpcServer
@@ -106,7 +106,7 @@ class Picker:
                 clock=clock,
                 rng=rng,
                 on_restart=self._restarted,
-                interval_min_s=options.refresh_metrics_interval_s,
+                interval_min_s=interval_s(plugins, options.refresh_metrics_interval_s),
             )
         except ValueError as error:
             raise ConfigError("configuration", [Problem("plugins", str(error))]) from None

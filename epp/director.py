@@ -127,9 +127,8 @@ class Director:
             series.requests += understood
             series.errors[error.code_name] += 1
             metrics.not_picked(request.target_model)
-            if keep and self._decisions is not None:
-                self._decisions.add(request, traces or (), None, error.message)
-            self._log_rejection(request, error)
+            self._keep(keep, request, traces or (), None, error.message)
+            self._rejected(request, error)
             raise
         series = metrics.series(request.model, request.target_model, request.fairness_id, request.priority)
         series.requests += 1
@@ -158,7 +157,11 @@ class Director:
         metrics.picked(request.target_model, decision.endpoint)
         metrics.scheduler_duration_s.observe(self._clock.now_s() - scheduling_s)
         series.request_bytes.observe(request.body_bytes)
-        self._remember(exchange, traces, uncached)
+        if traces is not None:
+            exchange.traces = traces
+            self._keep(keep, request, traces, decision)
+        if _log.isEnabledFor(logging.DEBUG):
+            self._log_decision(request, decision, uncached)
         if rewritten is not None:
             exchange.body = rewritten
             if request.model:
@@ -250,13 +253,9 @@ class Director:
             self._metrics.prefix_hit_bytes.observe(cached * 4)
         return request.uncached_on(decision.endpoint)
 
-    def _remember(self, exchange: Exchange, traces: Sequence[ProfileTrace] | None, uncached: int) -> None:
-        if traces is not None:
-            exchange.traces = traces
-            if self._decisions is not None and self._decisions.due():
-                self._decisions.add(exchange.request, traces, exchange.decision)
-        if _log.isEnabledFor(logging.DEBUG):
-            self._log_decision(exchange.request, exchange.decision, uncached)
+    def _keep(self, keep: bool, request: LLMRequest, traces: Sequence[ProfileTrace], decision: Decision | None, error: str = "") -> None:
+        if keep and self._decisions is not None:
+            self._decisions.add(request, traces, decision, error)
 
     def _candidates(self, subset: Sequence[str] | None) -> Snapshot:
         ready = self._datastore.ready
@@ -275,7 +274,6 @@ class Director:
         """Without the endpoints that say they lack this model."""
         known = models.known(model)
         if known is False:
-            self._model_missed()
             raise ModelNotFoundError(f"the model {model!r} does not exist: no endpoint serves it")
         if known is None or models.by_all(model):
             return candidates
@@ -315,7 +313,9 @@ class Director:
         }
         _log.debug("routed", extra={"fields": fields})
 
-    def _log_rejection(self, request: LLMRequest, error: EppError) -> None:
+    def _rejected(self, request: LLMRequest, error: EppError) -> None:
+        if isinstance(error, ModelNotFoundError):
+            self._model_missed()
         if _log.isEnabledFor(logging.DEBUG):
             fields = {"request_id": request.id, "model": request.model, "status": error.http_status, "reason": error.message}
             _log.debug("rejected", extra={"fields": fields})

@@ -101,10 +101,12 @@ class Exchange:
             pushed = orca.parse(load)
             if pushed is not None:
                 self._datastore.record_push(self._ticket.endpoint, waiting=pushed.waiting, kv_usage=pushed.kv_usage)
+        engines = not code_details or code_details == "via_upstream"  # else Envoy's own answer
         if status < 500:
-            self._outliers.succeeded(self._ticket.endpoint)
-        elif not code_details or code_details == "via_upstream" or code_details.startswith("upstream_reset") or "timeout" in code_details:
-            # the engine's own answer, or Envoy's in its place; not what Envoy says of itself (no route, no host)
+            if engines:
+                self._outliers.succeeded(self._ticket.endpoint)
+        elif engines or code_details.startswith("upstream_reset") or "timeout" in code_details:
+            # Envoy's in the engine's place too; not what Envoy says of itself (no route, no host)
             certain = code_details.startswith(_CONNECTION_FAILURES)
             self._outliers.failed(self._ticket.endpoint, "connection failed" if certain else f"status {status}", certain=certain)
         if status == 200:
@@ -132,7 +134,8 @@ class Exchange:
         now_s = self._clock.now_s()
         if not self._first_s:
             self._first_s = now_s
-            ticket.endpoint.capacity.first_token(self._work_tokens, now_s - self._sent_s)
+            if self.request.stream:  # a whole answer comes when all of it is decoded
+                ticket.endpoint.capacity.first_token(self._work_tokens, now_s - self._sent_s)
             ticket.first_token()
             if self._work:
                 self._work_done()
@@ -158,7 +161,7 @@ class Exchange:
         series.running -= 1
         if not complete:
             series.errors["ClientDisconnected"] += 1
-            if not self._status and self._clock.now_s() - self._started_s >= HANG_S:
+            if not self._status and self._clock.now_s() - self._sent_s >= HANG_S:
                 self._outliers.failed(ticket.endpoint, "no answer")
         elif self._status == 200:
             self._observe(series, ticket.endpoint)

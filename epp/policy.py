@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import msgspec
 
@@ -104,10 +104,6 @@ class Policy:
         """The engine there was started anew: nothing is cached."""
         for index in self.built.indexes.values():
             index.reset(endpoint.slot)
-
-    @property
-    def indexes(self) -> Mapping[tuple[str, str], PrefixIndex]:
-        return self.built.indexes
 
     def _exchanged(self, before: Built, now: Built) -> None:
         """Tell new plugins of the endpoints there are, and see the old indexes off."""

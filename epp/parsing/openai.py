@@ -14,7 +14,6 @@ from typing import ClassVar
 
 import msgspec
 
-from epp.errors import BadRequestError
 from epp.parsing.base import (
     ABSENT,
     Body,
@@ -22,7 +21,6 @@ from epp.parsing.base import (
     decode_items,
     decoded,
     given,
-    has_messages,
     lenient,
     set_common,
     set_named,
@@ -30,12 +28,11 @@ from epp.parsing.base import (
     set_prompt,
     set_text,
 )
-from epp.parsing.conversation import LARGE_BYTES, refuse_crowded, set_conversation
+from epp.parsing.conversation import LARGE_BYTES, TalkBody, conversation, refuse_crowded, set_conversation
 from epp.types import LLMRequest
 
 
-class _Chat(Body, gc=False):
-    messages: list[msgspec.Raw] = msgspec.field(default_factory=list)
+class _Chat(TalkBody, gc=False):
     tools: msgspec.Raw = ABSENT
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -83,18 +80,9 @@ _NO_MESSAGES = "invalid chat completions request: must have valid messages field
 
 
 def _chat(request: LLMRequest, body: bytes) -> None:
-    if len(body) > LARGE_BYTES:
-        refuse_crowded(body)
-    try:
-        parsed = decoded(_decode_chat, body)
-    except msgspec.ValidationError:
-        set_named(request, body)
-        if not has_messages(body):
-            raise BadRequestError(_NO_MESSAGES) from None
+    parsed = conversation(request, body, _decode_chat, _NO_MESSAGES)
+    if parsed is None:
         return
-    set_common(request, parsed)
-    if not parsed.messages:
-        raise BadRequestError(_NO_MESSAGES)
     _set_limits(request, parsed)
     tools = parsed.tools  # they come first, as chat templates put them
     set_conversation(request, given(tools) if len(tools) else b"", parsed.messages)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from epp.plugins.scorers.topology_affinity import PEERS_MAX
+from epp.plugins.topology import PEERS_MAX
 from epp.types import Decision, Endpoint, PrefixMatch
 from tests.builders import llm_request, pool_of
 from tests.contract.situations import Case, ready

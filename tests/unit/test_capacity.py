@@ -45,3 +45,15 @@ def test_requests_teach_it() -> None:
         exchange.finish(complete=True)
     assert endpoint.capacity.prefill_tokens_per_s == pytest.approx(request.prompt_tokens / 0.25, rel=0.1)
     assert endpoint.capacity.step_s == pytest.approx(0.02)
+
+
+def test_whole_answers_teach_nothing_of_prefill() -> None:
+    world = core(1)
+    for _ in range(2 * SAMPLES_MIN):
+        request = LLMRequest(id="r", path=PATH, headers={})
+        exchange = world.director.route(request, chat("x" * 8_000), None, world.clock.now_s())
+        world.clock.advance(5.0)
+        exchange.response_headers(200, event_stream=False, served="", code_details="")
+        exchange.response_chunk(b"{}")
+        exchange.finish(complete=True)
+    assert world.endpoint(1).capacity.prefill_tokens_per_s == 0.0

@@ -11,7 +11,7 @@ import pytest
 from epp.director import Exchange
 from epp.errors import BadRequestError, EppError, NoEndpointsError, NotFoundError
 from epp.extproc.messages import Immediate, RequestBody, RequestHeaders
-from epp.outliers import EJECT_S
+from epp.outliers import EJECT_S, HANG_S
 from epp.plugins.base import Plugin
 from epp.types import Decision, Endpoint, LLMRequest, Snapshot
 from tests.builders import PATH, Core, Stream, chat, core, request_body, request_headers, response_body, response_headers, spec
@@ -338,3 +338,46 @@ def test_the_log_tells_a_decision_but_never_the_prompt(caplog: pytest.LogCapture
     assert routed.fields["endpoint"] == "10.0.0.1:8000"  # type: ignore[attr-defined]
     assert rejected.fields["status"] == 400  # type: ignore[attr-defined]
     assert not any("secret" in str(record.__dict__) for record in caplog.records)
+
+
+def test_what_the_gateway_answers_itself_says_nothing_good_of_an_endpoint() -> None:
+    world = core(1)
+    world.outliers.failed(world.endpoint(1), "status 500")
+    exchange = route(world)
+    answer(exchange, 413, code_details="request_payload_too_large")
+    exchange.finish(complete=True)
+    assert world.outliers.state()["pod-1"]["failures"] == 1
+    exchange = route(world)
+    answer(exchange, 404, code_details="via_upstream")
+    exchange.finish(complete=True)
+    assert world.outliers.state() == {}
+
+
+def test_a_long_upload_is_no_endpoint_that_hangs() -> None:
+    world = core(1)
+    for waited_s, failures in ((HANG_S - 1, 0), (HANG_S, 1)):
+        started_s = world.clock.now_s()
+        world.clock.advance(100.0)  # its body came slowly
+        request = LLMRequest(id="r", path=PATH, headers={})
+        exchange = world.director.route(request, chat(), None, started_s)
+        world.clock.advance(waited_s)
+        exchange.finish(complete=False)
+        assert sum(each["failures"] for each in world.outliers.state().values()) == failures
+
+
+def test_stages_that_requests_ran_in_are_counted() -> None:
+    config = (
+        f"{HEAD}plugins: [{{type: disagg-profile-handler, parameters: {{deciders: {{prefill: always-disagg-pd-decider}}}}}},"
+        " {type: always-disagg-pd-decider}, {type: decode-filter}, {type: prefill-filter}]\n"
+        "schedulingProfiles: [{name: decode, plugins: [{pluginRef: decode-filter}]}, {name: prefill, plugins: [{pluginRef: prefill-filter}]}]\n"
+    )
+    decode, prefill = spec(1), spec(2)._replace(labels={"llm-d.ai/role": "prefill"})
+    world = core([decode, prefill], config=config)
+    world.metrics.stage_decisions = world.built.stage_decisions
+    exchange = route(world)
+    assert exchange.decision.headers == {"x-prefiller-host-port": "10.0.0.2:8000"}
+    text = world.metrics.exposition()[0].decode()
+    assert 'llm_d_epp_disagg_decision_total{plugin_name="disagg-profile-handler"' in text
+    assert 'model_name="m",decision_type="prefill-decode"} 1' in text
+    exchange.finish(complete=True)
+    assert world.inflight == (0, 0, 0, 0)

@@ -9,7 +9,7 @@ import pytest
 
 from epp.clock import VirtualClock
 from epp.config.load import load
-from epp.engines.settings import Families, fetch_options
+from epp.engines.settings import Families, fetch_options, interval_s
 from epp.plugins.base import Plugin
 from epp.plugins.registry import Registry
 from epp.scheduling.build import build
@@ -74,3 +74,8 @@ def test_metrics_of_ones_own() -> None:
     assert family is not None
     reading = family.read(b'our_queue{kind="all"} 3\nour_queue{kind="bad"} 9\nour_running 2\nour_heat 0.5\n')
     assert (reading.waiting, reading.running, dict(reading.attributes)) == (3.0, 2.0, {"Heat": 0.5})
+
+
+def test_the_sources_interval_goes_before_the_flag() -> None:
+    assert interval_s(plugins(), 0.05) == 0.05
+    assert interval_s(plugins("plugins: [{type: metrics-data-source, parameters: {interval: 2s}}]"), 0.05) == 2.0

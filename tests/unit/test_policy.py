@@ -345,7 +345,7 @@ def tick_until(world: Core, ticks: int) -> None:
 
 def fill(world: Core, blocks: int, to: int) -> None:
     """So many blocks of prompts nobody else has."""
-    index = next(iter(world.policy.indexes.values()))
+    index = next(iter(world.policy.built.indexes.values()))
     hashes = list(range(to << 40, (to << 40) + blocks))
     index.record(slot_of(world, to), hashes, range(64, 64 * blocks + 64, 64))
 
@@ -387,7 +387,7 @@ def test_a_large_memory_is_forgotten_slice_by_slice() -> None:
 @pytest.mark.parametrize("blocks", [0, 1, SLICE_BLOCKS, 3 * SLICE_BLOCKS])
 def test_an_index_that_left_service_still_gives_slots_back(blocks: int) -> None:
     world = core(2)
-    index = next(iter(world.policy.indexes.values()))
+    index = next(iter(world.policy.built.indexes.values()))
     index.set_capacity_tokens(slot_of(world, 1), 1_000_000)
     if blocks:
         fill(world, blocks, to=1)

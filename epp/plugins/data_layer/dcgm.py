@@ -1,19 +1,22 @@
-"""dcgm-data-source and dcgm-extractor: how busy each endpoint's GPUs are, by NVIDIA's DCGM exporter."""
+"""dcgm-data-source and dcgm-extractor: how busy each endpoint's GPUs are, by NVIDIA's DCGM exporter. Accepted, not read yet."""
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
 from epp.config.units import OptionalDuration, duration_s
-from epp.plugins.base import Plugin
+from epp.plugins.base import Context, Plugin
+
+_log = logging.getLogger(__name__)
 
 Stability = Literal["beta", "alpha"]
 
 
 class DcgmDataSource(Plugin):
-    """GET scheme://host:port/path of every endpoint's exporter: in its pod, or (useNodeAddress) on its node."""
+    """Where each endpoint's exporter is: in its pod, or (useNodeAddress) on its node. Accepted and checked; this version does not ask it."""
 
     type: ClassVar[str] = "dcgm-data-source"
     roles: ClassVar[tuple[str, ...]] = ("data-source",)
@@ -29,6 +32,9 @@ class DcgmDataSource(Plugin):
     def __post_init__(self) -> None:
         self.__dict__["_interval_s"] = duration_s(self.interval) if self.interval else 0.0
 
+    def bind(self, _context: Context) -> None:
+        _log.warning("dcgm-data-source is not read by this version: GPUUtilization is not known of any endpoint")
+
     @property
     def interval_s(self) -> float:
         """0: not given."""
@@ -37,7 +43,7 @@ class DcgmDataSource(Plugin):
 
 
 class DcgmExtractor(Plugin):
-    """Attribute `GPUUtilization` = max over the endpoint's GPUs of DCGM_FI_DEV_GPU_UTIL, / 100."""
+    """Attribute `GPUUtilization` = max over the endpoint's GPUs of DCGM_FI_DEV_GPU_UTIL, / 100. Accepted; see dcgm-data-source."""
 
     type: ClassVar[str] = "dcgm-extractor"
     roles: ClassVar[tuple[str, ...]] = ("extractor",)

@@ -10,7 +10,7 @@ from epp.plugins.base import Plugin
 
 
 class FileDiscovery(Plugin):
-    """`endpoints[]{name, namespace, address, port, labels}` of the YAML or JSON file at path; watchFile: again whenever it changes."""
+    """`endpoints[]{name, namespace, address, port, labels}` of the YAML or JSON file at path, read again whenever it changes; watchFile is accepted."""
 
     type: ClassVar[str] = "file-discovery"
     roles: ClassVar[tuple[str, ...]] = ("discovery",)

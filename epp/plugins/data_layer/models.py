@@ -11,9 +11,8 @@ from epp.plugins.base import Plugin
 
 
 class ModelsDataSource(Plugin):
-    """GET scheme://host:port/path of every endpoint, every interval: the list of models an OpenAI-compatible server gives.
-
-    For https: insecureSkipVerify, caCertPath, and clientCertPath with clientKeyPath.
+    """The list of models an OpenAI-compatible server gives. Accepted and checked; every endpoint is asked without it (--check-models), at
+    http://host:port/v1/models every 10 s, and these parameters change nothing about that.
     """
 
     type: ClassVar[str] = "models-data-source"

@@ -11,8 +11,6 @@ from epp.types import Address, Decision, Endpoint, LLMRequest
 PREFILL_HEADER = "x-prefiller-host-port"
 ENCODE_HEADER = "x-encoder-hosts-ports"
 DATA_PARALLEL_HEADER = "x-data-parallel-host-port"
-PEER_ENDPOINT = "peer-endpoint"
-"""Request attribute: the endpoint another stage chose, for filters and scorers that want to be near it."""
 
 DECISIONS_MAX = 4_000
 """Label sets counted: a thousand models, four kinds of decision."""

@@ -16,13 +16,13 @@ import msgspec
 from epp.plugins.base import Context, Decider, Outcome, Plugin, RunProfile
 from epp.plugins.profile_handlers import (
     ENCODE_HEADER,
-    PEER_ENDPOINT,
     PREFILL_HEADER,
     Decisions,
     count_decision,
     run_decode,
     run_if_any,
 )
+from epp.plugins.topology import PEER
 from epp.types import Decision, Endpoint, LLMRequest
 
 _log = logging.getLogger("epp.plugins")
@@ -122,16 +122,16 @@ class DisaggProfileHandler(Plugin):
         if state["_prefill_first"] and state["_prefill"] in profiles:
             prefill = run_if_any(run, state["_prefill"])
             if prefill:
-                request.attributes[PEER_ENDPOINT] = prefill[0]
+                request.attributes[PEER] = prefill[0]
         decode = run_decode(run, state["_decode"])
         encode: Sequence[Endpoint] = ()
         decider: Decider | None = state["_encode_decider"]
         if decider is not None and state["_encode"] in profiles and decider.disaggregate(request, decode[0]):
-            request.attributes.pop(PEER_ENDPOINT, None)  # encoders are nobody's neighbours
+            request.attributes.pop(PEER, None)  # encoders are nobody's neighbours
             encode = run_if_any(run, state["_encode"])
         decider = state["_prefill_decider"]
         if decider is not None and state["_prefill"] in profiles and decider.disaggregate(request, decode[0]):
-            request.attributes[PEER_ENDPOINT] = decode[0]
+            request.attributes[PEER] = decode[0]
             prefill = run_if_any(run, state["_prefill"])
         targets, headers = {}, {}
         if prefill:

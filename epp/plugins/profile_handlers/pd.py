@@ -10,7 +10,6 @@ import msgspec
 from epp.plugins.base import Context, Decider, Outcome, Plugin, RunProfile
 from epp.plugins.profile_handlers import (
     DATA_PARALLEL_HEADER,
-    PEER_ENDPOINT,
     PREFILL_HEADER,
     Decisions,
     at_port,
@@ -18,6 +17,7 @@ from epp.plugins.profile_handlers import (
     run_decode,
     run_if_any,
 )
+from epp.plugins.topology import PEER
 from epp.types import Decision, Endpoint, LLMRequest
 
 
@@ -61,7 +61,7 @@ class PdProfileHandler(Plugin):
         prefill: Sequence[Endpoint] = ()
         decider: Decider = self.__dict__["_decider"]
         if self.prefill_profile in profiles and decider.disaggregate(request, decode[0]):
-            request.attributes[PEER_ENDPOINT] = decode[0]
+            request.attributes[PEER] = decode[0]
             prefill = run_if_any(run, self.prefill_profile)
         targets, headers, instead = {}, {}, ""
         if prefill:
