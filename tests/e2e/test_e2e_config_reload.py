@@ -249,7 +249,7 @@ async def test_the_engine_sees_the_target_model_and_the_client_its_own(told: Gat
     files.replace(files.resources, changed)
 
     async def renamed() -> bool:
-        return (await models(told, "helper"))[0] == 200
+        return (await ask(told.address, CHAT, chat("Who are you?", model="helper"))).status == 200
 
     await eventually(renamed, "the new name")
     assert await models(told, "helper") == (200, {"helper"})

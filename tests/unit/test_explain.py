@@ -103,7 +103,7 @@ def state_of(world: Core) -> object:
         (e.name, e.inflight_requests, e.inflight_tokens, e.sent_requests, e.sent_tokens, e.picks_total, e.healthy, e.ejected, e.half_open)
         for e in world.datastore.endpoints.values()
     ]
-    held = {name: (len(index), index.blocks) for name, index in world.policy.indexes.items()}
+    held = {name: (len(index), index.blocks) for name, index in world.policy.built.indexes.items()}
     return each, held, world.metrics.exposition()[0], len(world.director._decisions or ()), world.inflight
 
 
