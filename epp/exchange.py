@@ -22,6 +22,7 @@ from epp.scheduling.pipeline import ProfileTrace, Scheduler
 from epp.types import Decision, Endpoint, LLMRequest, Usage
 
 _log = logging.getLogger("epp.exchange")
+_FAILED = "a plugin's hook failed"
 
 Report = Mapping[str, Mapping[str, float]]
 """Namespace -> name -> number, for the gateway's dynamic metadata."""
@@ -123,7 +124,11 @@ class Exchange:
         ticket = self._ticket
         if ticket is not None:
             for response_headers in self._scheduler.response_headers:
-                added.update(response_headers(self.request, ticket.endpoint) or ())
+                try:
+                    headers = response_headers(self.request, ticket.endpoint) or {}
+                    added.update({str(name): str(value) for name, value in headers.items()})
+                except Exception:  # noqa: BLE001 - see _tell
+                    _log.exception(_FAILED)
         return added
 
     def response_chunk(self, body: bytes) -> None:
@@ -180,10 +185,13 @@ class Exchange:
             return None
         found: dict[str, dict[str, float]] = {}
         for report in self._scheduler.report:
-            reported = report(usage)
-            if reported is not None:
-                namespace, name, value = reported
-                found.setdefault(namespace, {})[name] = value
+            try:
+                reported = report(usage)
+                if reported is not None:
+                    namespace, name, value = reported
+                    found.setdefault(str(namespace), {})[str(name)] = float(value)
+            except Exception:  # noqa: BLE001 - see _tell
+                _log.exception(_FAILED)
         return found or None
 
     def _work_done(self) -> None:
@@ -230,4 +238,4 @@ def _tell(hooks: tuple[Callable[..., Any], ...], request: LLMRequest, endpoint: 
         try:
             each(request, endpoint, *more)
         except Exception:  # noqa: BLE001 - see above
-            _log.exception("a plugin's hook failed")
+            _log.exception(_FAILED)

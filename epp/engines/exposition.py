@@ -6,8 +6,8 @@ Inf; a HELP or TYPE line or a longer name that starts the same is no sample. A s
 
 Not here: which names an engine uses (its own file). Never raises, whatever the bytes.
 
-Cost: 2 to 15 µs a family in 60 KB: a family is one group of lines (exposition format, "Grouping and sorting"), so the search ends where
-the next one's TYPE line is. Linear in the text, whatever is in it.
+Cost: 2 to 5 µs a family in 60 KB: a family is one group of lines (exposition format, "Grouping and sorting"), so the search ends where
+the next one's TYPE line is, and begins where its own was the last time. Linear in the text, whatever is in it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,25 @@ INDENT_MAX = 64
 LABELS_KEPT_MAX = 4096
 """Bytes of a label set that is worth keeping parsed."""
 
+MOVED_MAX = 1024
+"""Bytes by which a family may have moved since the last text and still be found at once."""
+
 _QUOTED = rb'"(?:[^"\\\n]++|\\.)*+"'
 _SAMPLE = re.compile(rb'(?:[ \t]*\{((?:[^"}\n]++|' + _QUOTED + rb")*+)\})?[ \t]*([^\s{}]++)")
 """After the name: labels without their braces, if any, and the value. Possessive: linear on any input."""
 _LABEL = re.compile(rb"(?<![a-zA-Z0-9_])([a-zA-Z_][a-zA-Z0-9_]*+)[ \t]*=[ \t]*(" + _QUOTED + rb")")
 _ESCAPE = re.compile(rb"\\(.)")
+_last_at: dict[bytes, int] = {}
+"""Family -> where its first sample was in the last text that had any: the engines of a pool answer alike."""
 
 
 def find_all(text: bytes, family: bytes) -> list[tuple[bytes, float]]:
     """Every sample of the family, in order, as (labels without braces, value)."""
     found: list[tuple[bytes, float]] = []
     end, limit, bounded = 0, len(text), False
+    last = _last_at.get(family)
+    if last is not None:
+        end = max(0, text.find(b"# TYPE " + family + b" ", max(0, last - MOVED_MAX), last + MOVED_MAX))
     while (at := text.find(family, end, limit)) != -1:
         end = at + len(family)
         if text[end : end + 1] not in {b"{", b" ", b"\t"} or not _starts_line(text, at):
@@ -46,6 +54,7 @@ def find_all(text: bytes, family: bytes) -> list[tuple[bytes, float]]:
         end = sample.end()
         if not bounded:  # the group's first sample
             bounded = True
+            _last_at[family] = at
             next_family = text.find(b"\n# TYPE ", end)
             limit = next_family if next_family != -1 else limit
         try:

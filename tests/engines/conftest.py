@@ -11,12 +11,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))  # its programs and clients are used here too
 
-from install import InstallError, environment, tiny_model
+from install import HIDDEN, LAYERS, InstallError, environment, llama_server, tiny_gguf, tiny_model
 from programs import await_gone, descendants
-from servers import Sglang, Vllm
+from servers import LlamaProgram, Sglang, Vllm
 
-LAYERS, HIDDEN = 8, 512
-"""A prompt of 500 tokens takes such a model two seconds on one core, and a tenth of one from the cache."""
 figures: list[str] = []
 
 
@@ -62,6 +60,21 @@ def vllm_place() -> Path:
 def model(vllm_place: Path) -> Path:
     try:
         return tiny_model(vllm_place / "bin/python", layers=LAYERS, hidden=HIDDEN)
+    except InstallError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def llama_program() -> LlamaProgram:
+    """llama.cpp's server as it was built here, else the machine's own."""
+    chosen, model = os.environ.get("LLAMA_SERVER", ""), os.environ.get("LLAMA_MODEL", "")
+    try:
+        return LlamaProgram(llama_server(), tiny_gguf(layers=LAYERS, hidden=HIDDEN))
+    except InstallError as error:
+        if not chosen:
+            pytest.skip(f"{error} (12 minutes on one core), or name one in LLAMA_SERVER and its GGUF in LLAMA_MODEL")
+    try:
+        return LlamaProgram(Path(chosen), Path(model) if model else tiny_gguf(layers=LAYERS, hidden=HIDDEN))
     except InstallError as error:
         pytest.skip(str(error))
 

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from install import HERE, PYTHON, site_packages
 from programs import LOOPBACK, POLL_S, Program, await_gone, descendants, free_port
@@ -192,13 +192,30 @@ class Triton(Server):
         return backend.parent
 
 
-class LlamaServer(Server):
-    """llama.cpp's server, from a binary that is there; metrics without labels, slots as its cache."""
+class LlamaProgram(NamedTuple):
+    """llama.cpp's server and a GGUF for it."""
 
-    def __init__(self, binary: str, model: str) -> None:
+    binary: Path
+    model: Path
+
+
+class LlamaServer(Server):
+    """llama.cpp's server on one core: metrics without labels, and as its cache the slots and what was in them before."""
+
+    slots = 4
+
+    def __init__(self, program: LlamaProgram, *flags: str, metrics: bool = True) -> None:
+        """`metrics`: its /metrics is off unless asked for."""
         port = free_port()
-        flags = ("--host", LOOPBACK, "--port", str(port), "--metrics", "--slots", "-np", "4", "-t", "1")
-        super().__init__((binary, "-m", model, *flags), {}, port=port)
+        super().__init__(
+            (
+                str(program.binary), "--model", str(program.model), "--alias", MODEL, "--host", LOOPBACK, "--port", str(port),
+                "--ctx-size", str(self.slots * CONTEXT_TOKENS), "--parallel", str(self.slots), "--threads", "1", "--threads-batch", "1",
+                "--slots", *(("--metrics",) if metrics else ()), *flags,
+            ),
+            {},
+            port=port,
+        )  # fmt: skip
 
 
 def numbers(*values: float) -> bytes:

@@ -2,8 +2,7 @@
 
     python tiny_model.py DIRECTORY LAYERS HIDDEN
 
-The tokenizer is a byte-level BPE of 2 048 tokens, trained on Python's own library, so it is the same wherever that is. The adapters
-`sql` and `chat` (rank 8, on the query and value projections) go to DIRECTORY-sql and DIRECTORY-chat.
+The adapters `sql` and `chat` (rank 8, on the query and value projections) go to DIRECTORY-sql and DIRECTORY-chat.
 """
 
 from __future__ import annotations
@@ -11,44 +10,28 @@ from __future__ import annotations
 import json
 import os
 import sys
-import sysconfig
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny_tokenizer import BOS, EOS, PAD, TEMPLATE, TOKENS, TURN_END, TURN_START, trained
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-TOKENS = 2_048
 HEAD_SIZE = 32
 """The smallest that vLLM's attention on CPUs takes."""
 RANK = 8
 ADAPTERS = ("sql", "chat")
-TRAINING_FILES = 100
-TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-TEMPLATE = "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 
 
 def save_tokenizer(directory: Path) -> None:
-    library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:TRAINING_FILES]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=TOKENS,
-        special_tokens=["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((file.read_text(errors="ignore") for file in library), trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        tokenizer_object=trained(),
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=[TURN_START, TURN_END],
     )
     fast.chat_template = TEMPLATE
     fast.save_pretrained(directory)

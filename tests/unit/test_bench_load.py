@@ -281,6 +281,9 @@ async def test_a_server_that_goes_away_and_comes_back():
         while generator.meter.destinations[ENDPOINT] < 5:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.01)
     await server.stop(None)
+    async with asyncio.timeout(10):
+        while not generator.meter.errors:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.01)
     again, _ = await echo.start(port, ENDPOINT)
     try:
         meter = await loading
