@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import struct
+import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
+from google.protobuf.struct_pb2 import Struct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +34,12 @@ from epp.extproc.messages import (
     UnknownMessage,
 )
 from tests.builders import DESTINATION, metadata, request_headers, response_headers
+
+with warnings.catch_warnings():  # its generated classes use a decorator in a form that pydantic 2.12 deprecates
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from envoy_data_plane.envoy.config.core import v3 as envoy_core
+    from envoy_data_plane.envoy.extensions.filters.http.ext_proc import v3 as envoy_filter
+    from envoy_data_plane.envoy.service.ext_proc import v3 as envoy
 
 VARINT_EDGES = [edge + delta for edge in (0, 1 << 7, 1 << 14, 1 << 16) for delta in range(-32, 33) if edge + delta >= 0]
 
@@ -194,11 +206,337 @@ def test_framed_replies_are_grpc_messages_in_order() -> None:
     assert messages == [codec.encode(reply) for reply in replies]
 
 
+# Any text, any number
+
+TEXT = st.text(min_size=1, max_size=200)
+NUMBERS = st.floats() | st.integers(-(1 << 64), 1 << 64)
+MAPS = st.dictionaries(st.text(max_size=100), NUMBERS, max_size=12)
+NAMESPACES = st.dictionaries(st.text(max_size=60), MAPS, min_size=1, max_size=4)
+
+
+def numbers(values: Mapping[str, float]) -> Struct:
+    """Field by field: not by the convenience the codec uses."""
+    made = Struct()
+    for name, value in values.items():
+        made.fields[name].number_value = value
+    return made
+
+
+def in_order(message: pb.ProcessingResponse) -> bytes:
+    """Equal for equal messages, also where a number in them is none, which equals nothing."""
+    return message.SerializeToString(deterministic=True)
+
+
+def same(reply: Reply, expected: pb.ProcessingResponse) -> None:
+    """Our bytes say this, no more, and nothing twice: protobuf would write as many."""
+    wire = codec.encode(reply)
+    assert in_order(pb.ProcessingResponse.FromString(wire)) == in_order(expected)
+    assert len(wire) == expected.ByteSize()
+    assert codec.frame([reply, reply]) == 2 * (b"\0" + len(wire).to_bytes(4, "big") + wire)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    destination=TEXT,
+    changed=st.dictionaries(TEXT, TEXT, max_size=6),
+    remove=st.lists(TEXT, max_size=4),
+    request_id=st.text(max_size=200),
+    content_length=st.integers(-1, 1 << 40),
+    scores=st.none() | MAPS,
+    body=st.none() | st.binary(max_size=300),
+    in_body=st.booleans(),
+    mode=st.sampled_from([None, BodyMode.BUFFERED, BodyMode.BUFFERED_PARTIAL, BodyMode.STREAMED]),
+)
+def test_route_replies_of_any_text_and_scores(
+    *,
+    destination: str,
+    changed: dict[str, str],
+    remove: list[str],
+    request_id: str,
+    content_length: int,
+    scores: dict[str, float] | None,
+    body: bytes | None,
+    in_body: bool,
+    mode: BodyMode | None,
+) -> None:
+    mutation = pb.HeaderMutation(
+        set_headers=[option(name, value.encode()) for name, value in [(DESTINATION, destination), *changed.items()]]
+    )
+    if content_length >= 0:
+        mutation.set_headers.append(option("content-length", b"%d" % content_length))
+    if request_id:
+        mutation.set_headers.append(option("x-request-id", request_id.encode()))
+    mutation.remove_headers.extend(remove)
+    expected = pb.ProcessingResponse()
+    common = (expected.request_body if in_body else expected.request_headers).response
+    common.header_mutation.CopyFrom(mutation)
+    if body is not None:
+        common.body_mutation.CopyFrom(pb.BodyMutation(body=body) if body else pb.BodyMutation(clear_body=True))
+    told = expected.dynamic_metadata.fields["envoy.lb"].struct_value.fields
+    told[DESTINATION].string_value = destination
+    if scores is not None:
+        told[f"{DESTINATION}-scores"].struct_value.CopyFrom(numbers(scores))
+    if mode is not None:
+        skip, send = pb.ProcessingMode.SKIP, pb.ProcessingMode.SEND
+        override = pb.ProcessingMode(response_header_mode=send, request_trailer_mode=skip, response_trailer_mode=skip)
+        override.request_body_mode = int(mode)  # type: ignore[assignment]
+        expected.mode_override.CopyFrom(override)
+    same(
+        RouteReply(
+            destination,
+            content_length,
+            request_id,
+            in_body=in_body,
+            body=body,
+            remove=tuple(remove),
+            keep_request_mode=mode,
+            set=changed,
+            scores=scores,
+        ),
+        expected,
+    )
+
+
+@settings(deadline=None, max_examples=300)
+@given(NAMESPACES, st.booleans(), st.booleans(), st.booleans(), st.binary(max_size=1_500))
+def test_metadata_of_any_text_and_numbers(
+    namespaces: dict[str, dict[str, float]], response: bool, handed_back: bool, end_of_stream: bool, body: bytes
+) -> None:
+    expected = pb.ProcessingResponse()
+    reply: StreamedBody | ContinueBody
+    if handed_back:
+        expected = streamed(body, end_of_stream=end_of_stream, response=response)
+        reply = StreamedBody(body, end_of_stream=end_of_stream, response=response, metadata=namespaces)
+    else:
+        part = expected.response_body if response else expected.request_body
+        part.SetInParent()
+        if body:
+            part.response.body_mutation.body = body
+        reply = ContinueBody(response=response, body=body or None, metadata=namespaces)
+    for namespace, values in namespaces.items():
+        expected.dynamic_metadata.fields[namespace].struct_value.CopyFrom(numbers(values))
+    same(reply, expected)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.dictionaries(TEXT, TEXT, min_size=1, max_size=8), st.lists(TEXT, max_size=4), st.booleans())
+def test_headers_replies_of_any_text(changed: dict[str, str], remove: list[str], response: bool) -> None:
+    expected = pb.ProcessingResponse()
+    mutation = (expected.response_headers if response else expected.request_headers).response.header_mutation
+    mutation.set_headers.extend(option(name, value.encode()) for name, value in changed.items())
+    mutation.remove_headers.extend(remove)
+    same(ContinueHeaders(response=response, set=changed, remove=tuple(remove)), expected)
+
+
+@pytest.mark.parametrize(
+    "number", [math.nan, math.inf, -math.inf, -0.0, 0.0, 5e-324, 1.7976931348623157e308, 0.1 + 0.2, -1.0, 2**53 + 1, True], ids=repr
+)
+def test_a_number_arrives_to_the_bit_even_one_that_is_none(number: float) -> None:
+    """What may be told at all is decided before: the codec takes what it is given, and fails for none of them."""
+    bits = struct.pack("<d", number)
+    route = parsed(RouteReply("10.0.0.1:8000", scores={"10.0.0.1:8000": float(number)}))
+    (score,) = route.dynamic_metadata.fields["envoy.lb"].struct_value.fields[f"{DESTINATION}-scores"].struct_value.fields.values()
+    last = parsed(StreamedBody(b"", end_of_stream=True, response=True, metadata={"n": {"x": float(number)}}))
+    told = last.dynamic_metadata.fields["n"].struct_value.fields["x"]
+    for value in (score, told):
+        assert value.WhichOneof("kind") == "number_value"
+        assert struct.pack("<d", value.number_value) == bits
+
+
+@pytest.mark.parametrize("count", [0, 1, 100, 20_000])
+def test_a_map_of_any_size(count: int) -> None:
+    scores = {f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}:8000": n / 7 for n in range(count)}
+    expected = pb.ProcessingResponse()
+    expected.request_headers.response.header_mutation.set_headers.append(option(DESTINATION, b"x:1"))
+    told = expected.dynamic_metadata.fields["envoy.lb"].struct_value.fields
+    told[DESTINATION].string_value = "x:1"
+    told[f"{DESTINATION}-scores"].struct_value.CopyFrom(numbers(scores))
+    same(RouteReply("x:1", scores=scores), expected)
+    assert len(told[f"{DESTINATION}-scores"].struct_value.fields) == count
+
+
+@pytest.mark.parametrize("size", [127, 128, 16_383, 16_384, 70_000, 3_000_000])
+def test_text_of_any_length(size: int) -> None:
+    name, value = "é" * (size // 2), "v" * size
+    expected = pb.ProcessingResponse()
+    expected.request_headers.response.header_mutation.set_headers.extend([option(DESTINATION, b"x:1"), option(name, value.encode())])
+    expected.dynamic_metadata.update({"envoy.lb": {DESTINATION: "x:1"}})
+    same(RouteReply("x:1", set={name: value}), expected)
+    metadata_ = pb.ProcessingResponse(response_body=pb.BodyResponse())
+    metadata_.dynamic_metadata.fields[name].struct_value.fields[value].number_value = 1.0
+    same(ContinueBody(response=True, metadata={name: {value: 1.0}}), metadata_)
+
+
+def test_a_header_may_be_set_to_nothing() -> None:
+    got = parsed(RouteReply("x:1", set={"x-a": ""})).request_headers.response.header_mutation.set_headers
+    assert [(each.header.key, each.header.raw_value) for each in got] == [(DESTINATION, b"x:1"), ("x-a", b"")]
+
+
+# Envoy's own messages: the .proto here is our copy of a part of theirs
+
+
+def plain(value: Any) -> Any:
+    """A Struct or Value of theirs as Python has it."""
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if value.struct_value is not None:
+        return plain(value.struct_value.fields)
+    return value.string_value if value.string_value is not None else value.number_value
+
+
+def set_by(mutation: Any) -> list[tuple[str, bytes]]:
+    for each in mutation.set_headers:
+        assert each.append_action is envoy_core.HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
+        assert (each.header.value, each.keep_empty_value) == ("", False)
+    return [(each.header.key, each.header.raw_value) for each in mutation.set_headers]
+
+
+def envoys(reply: Reply) -> Any:
+    """What Envoy makes of it. Its classes say of every part that it may be missing: one that is raises here all the same."""
+    return envoy.ProcessingResponse.parse(codec.encode(reply))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    TEXT,
+    st.dictionaries(TEXT, TEXT, max_size=4),
+    st.lists(TEXT, max_size=3),
+    st.dictionaries(TEXT, st.floats(allow_nan=False), min_size=1, max_size=5),
+    st.binary(min_size=1, max_size=200),
+)
+def test_envoy_reads_what_a_route_reply_says(
+    destination: str, changed: dict[str, str], remove: list[str], scores: dict[str, float], body: bytes
+) -> None:
+    set_ = [(DESTINATION, destination.encode()), *((name, value.encode()) for name, value in changed.items())]
+    told = {"envoy.lb": {DESTINATION: destination, f"{DESTINATION}-scores": scores}}
+    got = envoys(RouteReply(destination, set=changed, remove=tuple(remove), scores=scores, keep_request_mode=BodyMode.STREAMED))
+    common = got.request_headers.response
+    assert set_by(common.header_mutation) == set_
+    assert common.header_mutation.remove_headers == remove
+    assert plain(got.dynamic_metadata.fields) == told
+    modes = got.mode_override
+    send = envoy_filter.ProcessingModeHeaderSendMode
+    assert (modes.response_header_mode, modes.request_trailer_mode, modes.response_trailer_mode) == (send.SEND, send.SKIP, send.SKIP)
+    body_mode = envoy_filter.ProcessingModeBodySendMode
+    assert (modes.request_body_mode, modes.response_body_mode) == (body_mode.STREAMED, body_mode.NONE)
+
+    got = envoys(RouteReply(destination, 7, in_body=True, body=body, scores=scores))
+    common = got.request_body.response
+    assert set_by(common.header_mutation) == [set_[0], ("content-length", b"7")]
+    assert common.body_mutation.body == body
+    assert plain(got.dynamic_metadata.fields) == told
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.binary(min_size=1, max_size=200),
+    st.dictionaries(TEXT, st.dictionaries(TEXT, st.floats(allow_nan=False), min_size=1, max_size=4), min_size=1, max_size=3),
+    st.booleans(),
+    st.booleans(),
+)
+def test_envoy_reads_what_body_replies_say(
+    body: bytes, namespaces: dict[str, dict[str, float]], response: bool, end_of_stream: bool
+) -> None:
+    got = envoys(StreamedBody(body, end_of_stream=end_of_stream, response=response, metadata=namespaces))
+    part = got.response_body if response else got.request_body
+    assert part.response.body_mutation.streamed_response == envoy.StreamedBodyResponse(body=body, end_of_stream=end_of_stream)
+    assert plain(got.dynamic_metadata.fields) == namespaces
+    got = envoys(ContinueBody(response=response, body=body, metadata=namespaces))
+    part = got.response_body if response else got.request_body
+    assert part.response.body_mutation.body == body
+    assert plain(got.dynamic_metadata.fields) == namespaces
+    got = envoys(ContinueBody(response=response, body=b""))
+    part = got.response_body if response else got.request_body
+    assert part.response.body_mutation.clear_body is True
+
+
+def test_envoy_reads_what_the_other_replies_say() -> None:
+    answer = envoys(Immediate(429, b"{}", {"retry-after": "1", "x-a": "ü"}, grpc_status=8, details="epp_saturated")).immediate_response
+    assert (int(answer.status.code), answer.grpc_status.status, answer.body, answer.details) == (429, 8, b"{}", "epp_saturated")
+    assert set_by(answer.headers) == [("retry-after", b"1"), ("x-a", "ü".encode())]
+    for response in (False, True):
+        headers = envoys(ContinueHeaders(response=response, set={"x-a": "ü"}, remove=("x-b",)))
+        part = headers.response_headers if response else headers.request_headers
+        assert set_by(part.response.header_mutation) == [("x-a", "ü".encode())]
+        assert part.response.header_mutation.remove_headers == ["x-b"]
+        trailers = envoys(ContinueTrailers(response=response, destination="10.0.0.1:8000"))
+        assert (trailers.response_trailers if response else trailers.request_trailers) == envoy.TrailersResponse()
+        assert (trailers.request_trailers if response else trailers.response_trailers) is None
+        assert plain(trailers.dynamic_metadata.fields) == {"envoy.lb": {DESTINATION: "10.0.0.1:8000"}}
+
+
+def test_envoys_modes_are_ours() -> None:
+    theirs = {mode.name: mode.value for mode in envoy_filter.ProcessingModeBodySendMode}
+    assert {mode.name: mode.value for mode in BodyMode if mode is not BodyMode.GRPC} == {n: v for n, v in theirs.items() if n != "GRPC"}
+
+
 # Messages
 
 
 def decoded(message: pb.ProcessingRequest) -> object:
     return codec.decode(message.SerializeToString())
+
+
+def theirs(**value: Any) -> Any:
+    """A message as Envoy's own classes write it."""
+    return codec.decode(bytes(envoy.ProcessingRequest(**value)))
+
+
+def test_request_headers_as_envoy_writes_them() -> None:
+    given_ = [envoy_core.HeaderValue(key=":path", raw_value=b"/p"), envoy_core.HeaderValue(key="x-a", value="ü")]
+    modes = envoy_filter.ProcessingModeBodySendMode
+    hint = Struct()
+    hint.update({f"{DESTINATION}-subset": ["10.0.0.1:8000", "10.0.0.2"]})
+    event = theirs(
+        request_headers=envoy.HttpHeaders(headers=envoy_core.HeaderMap(headers=given_), end_of_stream=True),
+        metadata_context=envoy_core.Metadata(
+            filter_metadata={"envoy.lb.subset_hint": envoy_struct(hint)},
+        ),
+        protocol_config=envoy.ProtocolConfiguration(
+            request_body_mode=modes.STREAMED,
+            response_body_mode=modes.FULL_DUPLEX_STREAMED,
+            send_body_without_waiting_for_header_response=True,
+        ),
+        observability_mode=True,
+    )
+    assert isinstance(event, RequestHeaders)
+    assert (event.headers, event.end_of_stream) == ({":path": "/p", "x-a": "ü"}, True)
+    assert (event.request_mode, event.response_mode, event.body_unasked) == (BodyMode.STREAMED, BodyMode.FULL_DUPLEX_STREAMED, True)
+    assert event.subset == ("10.0.0.1:8000", "10.0.0.2")
+
+
+def test_response_headers_as_envoy_writes_them() -> None:
+    given_ = [(":status", b"503"), ("content-type", b"text/event-stream"), ("endpoint-load-metrics", b"TEXT x=1")]
+    served, attributes = Struct(), Struct()
+    served.update({f"{DESTINATION}-served": "10.0.0.1:8000"})
+    attributes.update({"response.code_details": "via_upstream", "upstream.address": "10.0.0.2:8000"})
+    headers = envoy_core.HeaderMap(headers=[envoy_core.HeaderValue(key=name, raw_value=value) for name, value in given_])
+    event = theirs(
+        response_headers=envoy.HttpHeaders(headers=headers),
+        metadata_context=envoy_core.Metadata(filter_metadata={"envoy.lb": envoy_struct(served)}),
+        attributes={"envoy.filters.http.ext_proc": envoy_struct(attributes)},
+    )
+    assert isinstance(event, ResponseHeaders)
+    assert (event.status, event.event_stream, event.load, event.end_of_stream) == (503, True, "TEXT x=1", False)
+    assert (event.served, event.code_details) == ("10.0.0.1:8000", "via_upstream")
+
+
+def envoy_struct(message: Struct) -> Any:
+    """As their classes have it."""
+    field = envoy.ProcessingResponse.parse(pb.ProcessingResponse(dynamic_metadata=message).SerializeToString()).dynamic_metadata
+    assert field is not None
+    return field
+
+
+def test_bodies_and_trailers_as_envoy_writes_them() -> None:
+    body = envoy.HttpBody(body=b"abc", end_of_stream=True)
+    for event, kind in ((theirs(request_body=body), RequestBody), (theirs(response_body=body), ResponseBody)):
+        assert isinstance(event, RequestBody | ResponseBody)
+        assert type(event) is kind
+        assert (event.body, event.end_of_stream) == (b"abc", True)
+    trailers = envoy.HttpTrailers(trailers=envoy_core.HeaderMap(headers=[envoy_core.HeaderValue(key="grpc-status", raw_value=b"0")]))
+    assert isinstance(theirs(request_trailers=trailers), RequestTrailers)
+    assert isinstance(theirs(response_trailers=trailers), ResponseTrailers)
 
 
 def test_every_kind_of_message() -> None:
