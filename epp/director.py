@@ -1,13 +1,14 @@
 """One request's way from its body to a decision: parse, rename, find candidates, decide, charge.
 
-The order is the reference picker's (inventory 3.3): model rewrite, objective, fairness id, shedding, candidates, then the scheduler with its
-producers and admitters, and last the charge. Between taking the snapshot and the decision there is no await. Not here: what becomes of
-the request afterwards (exchange), the protocol (extproc), scores (scheduling).
+The order is the reference picker's (inventory 3.3): model rewrite, objective, fairness id, candidates, shedding by how full those are,
+then the scheduler with its producers and admitters, and last the charge. Between taking the snapshot and the decision there is no
+await. Not here: what becomes of the request afterwards (exchange), the protocol (extproc), scores (scheduling).
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from epp.clock import Clock
 from epp.datastore import Datastore
 from epp.decisions import Decisions, record, table
 from epp.errors import BadRequestError, EppError, ModelNotFoundError, NoEndpointsError, PreconditionFailedError, SaturatedError
-from epp.exchange import Exchange
+from epp.exchange import Exchange, can_be_sent, sendable
 from epp.observe.metrics import Metrics
 from epp.outliers import Outliers
 from epp.parsing.model_name import ModelRestorer, checked
@@ -38,12 +39,17 @@ TEST_SELECTION = "test-epp-endpoint-selection"
 TEST_SERVED = "x-conformance-test-served-endpoint"
 FAIRNESS_CHARS_MAX = 256
 """Of a fairness id; longer ones are cut."""
+SHED = "system saturated, sheddable request dropped"
+"""What a client is told whose request may be shed, and is."""
 LEFT_OUT_SHOWN_MAX = 32
 """Endpoints that are no candidates, in an explanation."""
 MODELS_MAX = 1_000
 """Models whose endpoints are remembered while the pool stays the same."""
 SUBSETS_MAX = 64
 """Different subset hints whose candidates are remembered while the pool stays the same."""
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"?')
+_IF_AVAILABLE = re.compile(r"(?:^|,)[ \t]*if-available[ \t]*(?:[=;,]|$)", re.ASCII | re.IGNORECASE)
+"""The preference of that name, whatever its value and parameters (RFC 7240)."""
 
 
 class Models(Protocol):
@@ -230,19 +236,25 @@ class Director:
 
     def _decide(self, request: LLMRequest, subset: Sequence[str] | None, traces: list[ProfileTrace] | None) -> Decision:
         scheduler = self._scheduler
-        if request.priority < 0 and scheduler.detector is not None and scheduler.detector.saturation(self._datastore.ready.endpoints) >= 1:
-            raise SaturatedError("system saturated, sheddable request dropped")
         if self._test_headers and TEST_SELECTION in request.headers:
             subset = tuple(request.headers[TEST_SELECTION].replace(" ", "").split(","))
-        candidates = self._candidates(subset)
-        if self._models is not None and request.target_model:
-            candidates = self._that_serve(request.target_model, candidates, self._models)
+        detector = scheduler.detector if request.priority < 0 else None
+        try:
+            candidates = self._candidates(subset)
+            if self._models is not None and request.target_model:
+                candidates = self._that_serve(request.target_model, candidates, self._models)
+        except NoEndpointsError:
+            if detector is None:
+                raise
+            raise SaturatedError(SHED) from None  # to the reference picker's detectors nobody at all is a full pool
+        if detector is not None and detector.saturation(candidates.endpoints) >= 1:
+            raise SaturatedError(SHED)
         decision = scheduler.schedule(request, candidates, traces)
-        if "prefer" in request.headers and "if-available" in request.headers["prefer"]:
+        if "prefer" in request.headers and _prefers_available(request.headers["prefer"]):
             match = request.prefix
             if match is None or not match.matched_tokens.get(decision.endpoint.slot):
-                raise PreconditionFailedError("no endpoint has a prefix of this prompt cached")
-        return decision
+                raise PreconditionFailedError("the endpoint chosen for this request is not known to have a prefix of its prompt cached")
+        return _checked(decision) if decision.headers or decision.instead else decision
 
     def _uncached(self, request: LLMRequest, decision: Decision) -> int:
         """Prompt tokens the endpoint has to compute."""
@@ -319,6 +331,20 @@ class Director:
         if _log.isEnabledFor(logging.DEBUG):
             fields = {"request_id": request.id, "model": request.model, "status": error.http_status, "reason": error.message}
             _log.debug("rejected", extra={"fields": fields})
+
+
+def _prefers_available(prefer: str) -> bool:
+    """Whether the header `Prefer` asks for it."""
+    return _IF_AVAILABLE.search(_QUOTED.sub("", prefer) if '"' in prefer else prefer) is not None
+
+
+def _checked(decision: Decision) -> Decision:
+    """Without headers of its profile handler's that can't be sent. Raises EppError for such a destination: there is no other."""
+    if decision.instead and not can_be_sent("destination", decision.instead):
+        _log.error("a profile handler's destination can't be sent", extra={"fields": {"destination": ascii(decision.instead)}})
+        raise EppError("internal error in the endpoint picker")
+    headers = decision.headers
+    return decision if all(map(can_be_sent, headers, headers.values())) else decision._replace(headers=sendable(headers))
 
 
 def _in_subset(host: str, destination: str, allowed: frozenset[str]) -> bool:

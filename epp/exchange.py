@@ -7,7 +7,10 @@ Not here: the protocol (extproc), the decision (director). Cost of a streamed ch
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from math import isfinite
 from typing import Any
 
 from epp.clock import Clock
@@ -29,6 +32,12 @@ Report = Mapping[str, Mapping[str, float]]
 
 # What Envoy says when it could not get a request to an endpoint at all (response.code_details, core/http response code details).
 _CONNECTION_FAILURES = ("upstream_reset_before_response_started{connection", "upstream_reset_before_response_started{remote_connection")
+
+_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9a-z]+")
+_VALUE = re.compile(r"[\t -~\x80-\ud7ff\ue000-\U0010ffff]*")
+"""Whatever is no control character and has a form in UTF-8."""
+_FRAMING = frozenset({"content-length", "transfer-encoding"})
+"""How a body ends is not for plugins to say."""
 
 
 class Exchange:
@@ -125,8 +134,7 @@ class Exchange:
         if ticket is not None:
             for response_headers in self._scheduler.response_headers:
                 try:
-                    headers = response_headers(self.request, ticket.endpoint) or {}
-                    added.update({str(name): str(value) for name, value in headers.items()})
+                    added.update(sendable(response_headers(self.request, ticket.endpoint) or {}))
                 except Exception:  # noqa: BLE001 - see _tell
                     _log.exception(_FAILED)
         return added
@@ -153,8 +161,11 @@ class Exchange:
         if self._usage_reader is not None:
             self._usage_reader.feed(body)
 
-    def finish(self, *, complete: bool) -> None:
-        """The response ended, or (`complete=False`) the stream did before it. Only the first call counts."""
+    def finish(self, *, complete: bool, seen: bool = True) -> None:
+        """The response ended, or (`complete=False`) the stream did before it. Only the first call counts.
+
+        `seen` False: the gateway does not show us the end; when it was, and what of the response was before it, is not known.
+        """
         ticket = self._ticket
         if ticket is None:
             return
@@ -169,7 +180,8 @@ class Exchange:
             if not self._status and self._clock.now_s() - self._sent_s >= HANG_S:
                 self._outliers.failed(ticket.endpoint, "no answer")
         elif self._status == 200:
-            self._observe(series, ticket.endpoint)
+            if seen:
+                self._observe(series, ticket.endpoint)
         elif self._status:
             series.errors["ModelServerError"] += 1
         if self._scheduler.finished:
@@ -189,7 +201,8 @@ class Exchange:
                 reported = report(usage)
                 if reported is not None:
                     namespace, name, value = reported
-                    found.setdefault(str(namespace), {})[str(name)] = float(value)
+                    f"{namespace}{name}".encode()  # raises for what has no form in UTF-8
+                    found.setdefault(str(namespace), {})[str(name)] = _finite(float(value))
             except Exception:  # noqa: BLE001 - see _tell
                 _log.exception(_FAILED)
         return found or None
@@ -239,3 +252,34 @@ def _tell(hooks: tuple[Callable[..., Any], ...], request: LLMRequest, endpoint: 
             each(request, endpoint, *more)
         except Exception:  # noqa: BLE001 - see above
             _log.exception(_FAILED)
+
+
+def sendable(headers: Mapping[str, str]) -> dict[str, str]:
+    """Those of a plugin's headers that can be sent. Envoy would answer any other with a 500 (protocol rule 15)."""
+    found = {}
+    for key, value in headers.items():
+        name, text = str(key).lower(), str(value)
+        if can_be_sent(name, text):
+            found[name] = text
+        else:
+            _log.warning("a plugin's header can't be sent: it is left out", extra={"fields": {"header": ascii(name)}})
+    return found
+
+
+def can_be_sent(name: str, value: str) -> bool:
+    """As a header; a plugin may give what is no text at all."""
+    if not (isinstance(name, str) and isinstance(value, str)):
+        return False
+    return _is_name(name) and (value.isprintable() or _VALUE.fullmatch(value) is not None)
+
+
+@lru_cache(maxsize=1_000)
+def _is_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None and name not in _FRAMING
+
+
+def _finite(number: float) -> float:
+    """`number` itself. Raises ValueError for what JSON can't say: gateways write such numbers into their access logs."""
+    if not isfinite(number):
+        raise ValueError(f"{number} is no number to report")
+    return number

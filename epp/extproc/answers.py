@@ -17,11 +17,17 @@ GRPC_UNKNOWN = 2
 
 def immediate(error: EppError, *, grpc: bool) -> Immediate:
     """An OpenAI-style JSON error; `grpc`: the client speaks gRPC and gets a status it understands."""
-    body = msgspec.json.encode({"error": {"message": error.message, "type": error.type, "code": error.code}})
+    code = _utf8(error.code)
+    body = msgspec.json.encode({"error": {"message": _utf8(error.message), "type": _utf8(error.type), "code": code}})
     headers = {"content-type": "application/json"}
     if error.dropped_reason:
         headers[DROPPED_REASON] = error.dropped_reason
     if error.http_status == 429:
         headers["retry-after"] = str(RETRY_AFTER_S)
     grpc_status = GRPC_STATUS.get(error.http_status, GRPC_UNKNOWN) if grpc else None
-    return Immediate(error.http_status, body, headers, grpc_status=grpc_status, details=f"epp_{error.code}")
+    return Immediate(error.http_status, body, headers, grpc_status=grpc_status, details=f"epp_{code}")
+
+
+def _utf8(text: str) -> str:
+    """An error may be a third party's plugin's: what UTF-8 can't say of it becomes question marks."""
+    return text.encode(errors="replace").decode()

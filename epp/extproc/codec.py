@@ -256,7 +256,7 @@ def _route(reply: RouteReply) -> bytes:
     """ProcessingResponse.{request_headers,request_body}.response.header_mutation.set_headers, and dynamic_metadata."""
     options, metadata = _destination_parts(reply.destination)
     if reply.scores is not None:
-        metadata = _metadata({LB_NAMESPACE: {DESTINATION: reply.destination, SCORES: dict(reply.scores)}})
+        metadata = _scored(reply.destination, reply.scores)
     if reply.set:
         options += b"".join(_header_option(name, value) for name, value in reply.set.items())
     if reply.content_length >= 0:
@@ -270,6 +270,11 @@ def _route(reply: RouteReply) -> bytes:
         common += _replaced(reply.body)
     message = _field(b"\x1a" if reply.in_body else b"\x0a", _field(b"\x0a", common)) + metadata
     return message if reply.keep_request_mode is None else message + _override(reply.keep_request_mode)
+
+
+def _scored(destination: str, scores: Mapping[str, float]) -> bytes:
+    """The dynamic metadata for a destination, with the scores it was chosen by."""
+    return _metadata({LB_NAMESPACE: {DESTINATION: destination, SCORES: dict(scores)}})
 
 
 def _removed(names: Iterable[str]) -> bytes:
@@ -329,7 +334,13 @@ def _immediate(reply: Immediate) -> bytes:
 
 
 def _trailers(reply: ContinueTrailers) -> bytes:
-    metadata = _destination_parts(reply.destination)[1] if reply.destination else b""
+    metadata = b""
+    if reply.metadata is not None:
+        metadata = _metadata(reply.metadata)
+    elif reply.scores is not None:
+        metadata = _scored(reply.destination, reply.scores)
+    elif reply.destination:
+        metadata = _destination_parts(reply.destination)[1]
     return (_RESPONSE_TRAILERS if reply.response else _REQUEST_TRAILERS) + metadata
 
 

@@ -227,8 +227,7 @@ class H2Connection(asyncio.BufferedProtocol):
         if stream.session is None:
             self._end(stream, INVALID_ARGUMENT, b"message too large")
             return
-        limit = self._limits.message_bytes_max
-        error = BodyTooLargeError(f"a message of {stream.deframer.too_large_bytes} bytes; the limit is {limit}")
+        error = BodyTooLargeError(f"a message of {stream.deframer.too_large_bytes} bytes; the limit is {self._limits.message_bytes_max}")
         self._say(stream, stream.session.reject(error))
         self._end(stream, OK)
 
@@ -303,7 +302,11 @@ class H2Connection(asyncio.BufferedProtocol):
             return
         connection = self._connection
         replies, stream.replies = stream.replies, []
-        data = codec.frame(replies) if replies else stream.answer
+        try:
+            data = codec.frame(replies) if replies else stream.answer
+        except Exception:  # noqa: BLE001 - a reply that can't be written costs its own call, not the connection's others
+            _log.exception("a reply can't be written")
+            data, stream.ending = b"", ((b"grpc-status", b"%d" % INTERNAL),)
         ending = stream.ending
         if ending is not None and not data and not stream.headers_sent:
             connection.send_response(stream.id, (*RESPONSE_HEADERS, *ending), end_stream=True)

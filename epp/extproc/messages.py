@@ -182,11 +182,22 @@ class ContinueBody(Reply):
 class ContinueTrailers(Reply):
     """Trailers stay as they are; `destination`: the decision, where only metadata can still carry it."""
 
-    __slots__ = ("destination", "response")
+    __slots__ = ("destination", "metadata", "response", "scores")
 
-    def __init__(self, *, response: bool, destination: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        response: bool,
+        destination: str = "",
+        scores: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> None:
         self.response = response
         self.destination = destination
+        self.scores = scores
+        """As in RouteReply, beside `destination`."""
+        self.metadata = metadata
+        """As in StreamedBody, in the place of `destination`."""
 
 
 class Immediate(Reply):

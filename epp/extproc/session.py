@@ -76,7 +76,7 @@ class Session:
     """See the module. `receive` takes one message, `half_closed` the end of the peer's messages, `closed` the end of the stream."""
 
     __slots__ = (
-        "_buffered_bytes", "_chunks", "_clock", "_destination", "_director", "_end_unseen", "_exchange", "_headers", "_last_s", "_limits",
+        "_buffered_bytes", "_chunks", "_clock", "_declined", "_director", "_end_unseen", "_exchange", "_headers", "_last_s", "_limits",
         "_passing", "_path", "_phase", "_pieces", "_request_mode", "_response_mode", "_started_s",
     )  # fmt: skip
 
@@ -94,11 +94,12 @@ class Session:
         """Body messages taken."""
         self._passing = False
         """The decision is made and the rest of the body passes by."""
+        self._declined = False
+        """The gateway was asked not to show us the response's body."""
         self._end_unseen = False
         """The gateway will not show us the response's end: the stream's is taken for it."""
         self._buffered_bytes = 0
         self._exchange: Exchange | None = None
-        self._destination = ""
         self._started_s = 0.0
         self._last_s = 0.0
 
@@ -151,7 +152,7 @@ class Session:
         self._drop_body()
         self._phase = Phase.ANSWERED
         if self._exchange is not None:
-            self._exchange.finish(complete=self._end_unseen)
+            self._exchange.finish(complete=self._end_unseen, seen=False)
             self._exchange = None
 
     def _failed(self, error: Exception) -> list[Reply]:
@@ -190,13 +191,14 @@ class Session:
             self._passing = True
             return self._route()
         if mode in _HELD_BY_GATEWAY:  # the body is not sent before an answer to the headers (rule 4)
-            return [ContinueHeaders(response=False, keep_request_mode=self._unwanted_response_body())]
+            return [ContinueHeaders(response=False, keep_request_mode=self._decline_response_body())]
         return []
 
-    def _unwanted_response_body(self) -> BodyMode | None:
+    def _decline_response_body(self) -> BodyMode | None:
         """A response held by the gateway until it is whole would hold back the first token: ask not to be shown it."""
         if self._response_mode not in _HELD_BY_GATEWAY or (self._headers and self._director.sees_response_bodies(self._headers.headers)):
             return None
+        self._declined = True  # a configuration that comes later changes nothing of that
         return self._request_mode
 
     def _on_request_body(self, event: RequestBody) -> list[Reply]:
@@ -238,9 +240,7 @@ class Session:
         if self._phase is Phase.BODY:
             # Trailers end the body: no piece of it says so (section 2.1), and one that never came is not replied to (rule 14).
             routed = self._route(trailers=True)
-            if self._request_mode in _HELD_BY_GATEWAY:  # its headers were answered before: only metadata can still say where to
-                return [ContinueTrailers(response=False, destination=self._destination)]
-            return [*routed, ContinueTrailers(response=False)]
+            return routed if self._request_mode in _HELD_BY_GATEWAY else [*routed, ContinueTrailers(response=False)]
         self._passing = False
         return [ContinueTrailers(response=False)]
 
@@ -260,9 +260,7 @@ class Session:
                 remove = ("content-length",)  # the client's name for the model may be longer or shorter
             if event.end_of_stream:
                 self._complete()
-        if self._response_mode is BodyMode.NONE or (
-            self._request_mode not in _STREAMED_BACK and self._unwanted_response_body() is not None
-        ):
+        if self._response_mode is BodyMode.NONE or self._declined:
             self._end_unseen = True
         return [ContinueHeaders(response=True, set=self._added_headers(event.served), remove=remove)]
 
@@ -276,6 +274,9 @@ class Session:
     def _on_response_body(self, event: ResponseBody) -> list[Reply]:
         exchange, body, ends = self._exchange, event.body, event.end_of_stream
         streamed = self._response_mode in _STREAMED_BACK
+        if not (streamed or ends) and self._response_mode in _HELD_BY_GATEWAY:  # all that is sent of it: the rest passes by
+            ends = self._response_mode is BodyMode.BUFFERED  # before trailers, it does not say that it ends
+            self._end_unseen = True
         restored = metadata = None
         if exchange is not None:
             if body:
@@ -291,13 +292,13 @@ class Session:
 
     def _on_response_trailers(self, _event: Event) -> list[Reply]:
         exchange = self._exchange
-        replies: list[Reply] = [ContinueTrailers(response=True)]
+        replies: list[Reply] = []
         if exchange is not None and exchange.restorer is not None:
             held = exchange.restorer.feed(b"", last=True)
             if held and self._response_mode in _STREAMED_BACK:
-                replies.insert(0, StreamedBody(held, end_of_stream=False, response=True))
+                replies.append(StreamedBody(held, end_of_stream=False, response=True))
         self._complete()
-        return replies
+        return [*replies, ContinueTrailers(response=True, metadata=exchange.report() if exchange is not None else None)]
 
     @staticmethod
     def _learn(see: Callable[..., None], *args: object, **named: object) -> None:
@@ -329,12 +330,14 @@ class Session:
         self._phase = Phase.ROUTED
         self._drop_body()
         remove = self._director.own_headers(headers)
-        destination = self._destination = exchange.decision.destination
+        destination = exchange.decision.destination
         mode, pieces, renamed = self._request_mode, self._pieces, exchange.body
         told = exchange.decision.headers
         if told and remove:  # those of a client's headers that we set anew are not also removed
             remove = tuple(name for name in remove if name not in told)
         scores = exchange.scores() if self._director.emit_scores else None
+        if trailers and mode in _HELD_BY_GATEWAY:  # the headers were answered before: only metadata can still say where to
+            return [ContinueTrailers(response=False, destination=destination, scores=scores)]
         if mode is BodyMode.FULL_DUPLEX_STREAMED:
             body = body if renamed is None else renamed
             route = RouteReply(destination, len(body) if body else -1, new_id, remove=remove, set=told, scores=scores)
@@ -342,7 +345,7 @@ class Session:
         if mode is BodyMode.STREAMED or not pieces:
             if renamed is not None:
                 remove = (*remove, "content-length")
-            override = self._unwanted_response_body()
+            override = self._decline_response_body()
             route = RouteReply(destination, request_id=new_id, remove=remove, keep_request_mode=override, set=told, scores=scores)
             instead = [None] * pieces if renamed is None else [renamed, *[b""] * (pieces - 1)]
             return [route, *(ContinueBody(response=False, body=piece) for piece in instead)]

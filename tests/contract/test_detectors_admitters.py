@@ -33,6 +33,8 @@ def test_saturation_is_finite_not_below_0_and_looks_only(case: Case, situation: 
 
 
 FRESH = {"scraped_at_s": NOW_S - 2.9}
+WITHOUT_METRICS = {"trusted": 0.0}
+"""As `Datastore.record_answer` leaves an endpoint."""
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,12 @@ FRESH = {"scraped_at_s": NOW_S - 2.9}
         ("utilization-detector", {}, [{**FRESH, "waiting": 1.0, "kv_usage": 0.4}, {**FRESH, "waiting": 10.0}], 1.25),
         # a reading too old, and none at all, count 1
         ("utilization-detector", {}, [FRESH, {"scraped_at_s": NOW_S - 3.1}, {}, FRESH], 0.5),
+        # no metrics at all: what is in flight counts as waiting. Not one that stopped answering, which is as one with too old a reading
+        ("utilization-detector", {}, [{**WITHOUT_METRICS, "waiting": 9.0, "kv_usage": 1.0}], 0.0),
+        ("utilization-detector", {}, [{**WITHOUT_METRICS, "inflight_requests": 7}, {**FRESH, "waiting": 1.0}], 0.8),
+        ("utilization-detector", {}, [{**WITHOUT_METRICS, "scrape_failures": 1}], 1.0),
+        ("utilization-detector", {}, [{**WITHOUT_METRICS, "scraped_at_s": NOW_S - 60}], 0.0),
+        ("utilization-detector", {}, [{"trusted": 0.5, "scrape_failures": 3, "scraped_at_s": NOW_S - 6}], 1.0),
         # 3 s is the least that is taken for old, more if asked
         ("utilization-detector", {"metricsStalenessThreshold": "200ms"}, [{"scraped_at_s": NOW_S - 2.9}], 0.0),
         ("utilization-detector", {"metricsStalenessThreshold": "1m"}, [{"scraped_at_s": NOW_S - 59}], 0.0),
@@ -74,6 +82,20 @@ FRESH = {"scraped_at_s": NOW_S - 2.9}
 def test_saturation_worked_out_by_hand(type_: str, parameters: Mapping[str, Any], states: Sequence[Any], saturation: float) -> None:
     endpoints = pool_of(*states)
     assert ready(Case(type_, parameters), endpoints).saturation(endpoints) == pytest.approx(saturation)
+
+
+@pytest.mark.parametrize(
+    ("states", "kept"),
+    [
+        ([{**FRESH, "waiting": 5.0}, {**WITHOUT_METRICS, "inflight_requests": 4}, WITHOUT_METRICS], [1, 2]),
+        ([{**WITHOUT_METRICS, "inflight_requests": 5}, FRESH], [1]),
+        ([{**WITHOUT_METRICS, "scrape_failures": 1}, FRESH], [1]),
+        ([{**FRESH, "waiting": 5.0}, {}], [0, 1]),  # all where none is
+    ],
+)
+def test_engines_without_metrics_are_left_out_for_what_is_in_flight_there_alone(states: Sequence[Any], kept: list[int]) -> None:
+    endpoints = pool_of(*states)
+    assert [each.slot for each in ready(Case("utilization-detector"), endpoints).keep(llm_request(), endpoints)] == kept
 
 
 def refusals(admitter: Any, request: LLMRequest, endpoints: Sequence[Endpoint], draws: int) -> int:

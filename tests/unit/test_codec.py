@@ -319,6 +319,28 @@ def test_metadata_of_any_text_and_numbers(
 
 
 @settings(deadline=None, max_examples=200)
+@given(NAMESPACES, st.booleans())
+def test_metadata_beside_trailers(namespaces: dict[str, dict[str, float]], response: bool) -> None:
+    expected = pb.ProcessingResponse()
+    (expected.response_trailers if response else expected.request_trailers).SetInParent()
+    for namespace, values in namespaces.items():
+        expected.dynamic_metadata.fields[namespace].struct_value.CopyFrom(numbers(values))
+    same(ContinueTrailers(response=response, metadata=namespaces), expected)
+
+
+@settings(deadline=None, max_examples=200)
+@given(TEXT, st.none() | MAPS, st.booleans())
+def test_a_destination_beside_trailers(destination: str, scores: dict[str, float] | None, response: bool) -> None:
+    expected = pb.ProcessingResponse()
+    (expected.response_trailers if response else expected.request_trailers).SetInParent()
+    told = expected.dynamic_metadata.fields["envoy.lb"].struct_value.fields
+    told[DESTINATION].string_value = destination
+    if scores is not None:
+        told[f"{DESTINATION}-scores"].struct_value.CopyFrom(numbers(scores))
+    same(ContinueTrailers(response=response, destination=destination, scores=scores), expected)
+
+
+@settings(deadline=None, max_examples=200)
 @given(st.dictionaries(TEXT, TEXT, min_size=1, max_size=8), st.lists(TEXT, max_size=4), st.booleans())
 def test_headers_replies_of_any_text(changed: dict[str, str], remove: list[str], response: bool) -> None:
     expected = pb.ProcessingResponse()
@@ -463,6 +485,9 @@ def test_envoy_reads_what_the_other_replies_say() -> None:
         assert (trailers.response_trailers if response else trailers.request_trailers) == envoy.TrailersResponse()
         assert (trailers.request_trailers if response else trailers.response_trailers) is None
         assert plain(trailers.dynamic_metadata.fields) == {"envoy.lb": {DESTINATION: "10.0.0.1:8000"}}
+        trailers = envoys(ContinueTrailers(response=response, metadata={"envoy.lb": {"cost": 37.0}}))
+        assert (trailers.response_trailers if response else trailers.request_trailers) == envoy.TrailersResponse()
+        assert plain(trailers.dynamic_metadata.fields) == {"envoy.lb": {"cost": 37.0}}
 
 
 def test_envoys_modes_are_ours() -> None:

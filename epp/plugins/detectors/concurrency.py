@@ -1,6 +1,7 @@
 """concurrency-detector: how full the pool is, by our own accounting of what is in flight. Needs no metrics and is never late.
 
-It is a filter too, if a profile names it. Cost: about 0.1 µs an endpoint each time it is asked.
+It is a filter too, in profiles that name it, and in the one there is without schedulingProfiles if it is among the plugins: there all
+that may filter does. Cost: about 0.1 µs an endpoint each time it is asked.
 """
 
 from __future__ import annotations

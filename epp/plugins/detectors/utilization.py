@@ -1,6 +1,7 @@
 """utilization-detector: how full the pool is, by what engines say of their queues and KV caches, and what was sent since.
 
-It is a filter too, if a profile names it. Cost: about 0.2 µs an endpoint each time it is asked.
+It is a filter too, in profiles that name it, and in the one there is without schedulingProfiles if it is among the plugins: there all
+that may filter does. Cost: about 0.2 µs an endpoint each time it is asked.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ the time, counts from 200 ms; here that would make every idle pool look full."""
 class UtilizationDetector(Plugin):
     """Mean over endpoints of max(waiting / queueDepthThreshold, KV use / kvCacheUtilThreshold); 1 for one whose reading is stale.
 
-    Stale is older than metricsStalenessThreshold and than 3 s. No endpoints: 1. As a filter it keeps endpoints with a fresh reading and
-    both below their threshold * (1 + headroom); all where none is.
+    Stale is older than metricsStalenessThreshold and than 3 s, and not read yet. An engine that answers but has no metrics is judged by
+    what we have in flight there, as if all of it were waiting. No endpoints: 1. As a filter it keeps endpoints with a fresh reading, or
+    without metrics, and both below their threshold * (1 + headroom); all where none is.
     """
 
     type: ClassVar[str] = "utilization-detector"
@@ -47,7 +49,7 @@ class UtilizationDetector(Plugin):
         queue, kv = self.queue_depth_threshold, self.kv_cache_util_threshold
         total = 0.0
         for endpoint in endpoints:
-            if endpoint.scraped_at_s < fresh_s:
+            if endpoint.scraped_at_s < fresh_s and not _without_metrics(endpoint):
                 total += 1.0
                 continue
             by_queue, by_kv = endpoint.waiting_estimate / queue, endpoint.kv_usage_estimate / kv
@@ -57,7 +59,8 @@ class UtilizationDetector(Plugin):
     def keep(self, _request: LLMRequest, endpoints: Sequence[Endpoint]) -> Sequence[Endpoint]:
         fresh_s, factor = self._fresh_s(), 1.0 + self.headroom
         queue, kv = self.queue_depth_threshold * factor, self.kv_cache_util_threshold * factor
-        kept = [e for e in endpoints if e.scraped_at_s >= fresh_s and e.waiting_estimate < queue and e.kv_usage_estimate < kv]
+        known = [e for e in endpoints if e.scraped_at_s >= fresh_s or _without_metrics(e)]
+        kept = [e for e in known if e.waiting_estimate < queue and e.kv_usage_estimate < kv]
         return kept or endpoints
 
     def _fresh_s(self) -> float:
@@ -65,3 +68,8 @@ class UtilizationDetector(Plugin):
         clock: Clock = self.__dict__["_clock"]
         stale_s: float = self.__dict__["_stale_s"]
         return clock.now_s() - stale_s
+
+
+def _without_metrics(endpoint: Endpoint) -> bool:
+    """Its last answer told no load: nothing is trusted but our own count, and not because it failed to answer."""
+    return not endpoint.trusted and not endpoint.scrape_failures
