@@ -90,7 +90,7 @@ class NoEndpointsError(EppError):
 
 
 class PreconditionFailedError(EppError):
-    """The client asked to be served only where its prompt's prefix is cached (`Prefer: if-available`), and it is nowhere."""
+    """The client asked to be served only where its prompt's prefix is cached (`Prefer: if-available`); where it would go it is not known to be."""
 
     http_status = 412
     code_name = "PreconditionFailed"

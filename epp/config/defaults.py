@@ -17,18 +17,28 @@ FLOW_CONTROL_GATE = "flowControl"
 FEATURE_GATES = {FLOW_CONTROL_GATE: False, "haPopulateNonLeaderDatastore": True}
 """Known gates and their defaults."""
 DEFAULT_PROFILE = "default"
-DEFAULT_SCORERS = (("queue-scorer", 2.0), ("kv-cache-utilization-scorer", 2.0), ("prefix-cache-scorer", 3.0))
-"""Type and weight, when there is no configuration at all."""
+COST_AWARE, LLM_D = "cost-aware", "llm-d"
+NAMED_PROFILES = {
+    COST_AWARE: (("cost-aware-scorer", 1.0),),
+    LLM_D: (("queue-scorer", 2.0), ("kv-cache-utilization-scorer", 2.0), ("prefix-cache-scorer", 3.0)),
+}
+"""What `profile` may say in a configuration: scorers' types and weights. The second is the reference picker's default."""
 
 
 def default_config() -> EndpointPickerConfig:
     """What runs when nothing is configured."""
-    return EndpointPickerConfig(
-        feature_gates=dict(FEATURE_GATES),
-        plugins=tuple(PluginSpec(name=type_, type=type_) for type_, _ in DEFAULT_SCORERS),
+    return with_profile(EndpointPickerConfig(feature_gates=dict(FEATURE_GATES)), COST_AWARE)
+
+
+def with_profile(config: EndpointPickerConfig, name: str) -> EndpointPickerConfig:
+    """`config`, which schedules with nothing yet, with one of NAMED_PROFILES."""
+    scorers = NAMED_PROFILES[name]
+    return msgspec.structs.replace(
+        config,
+        plugins=(*config.plugins, *(PluginSpec(name=type_, type=type_) for type_, _ in scorers)),
         scheduling_profiles=(
             SchedulingProfile(
-                name=DEFAULT_PROFILE, plugins=tuple(ProfilePlugin(plugin_ref=type_, weight=weight) for type_, weight in DEFAULT_SCORERS)
+                name=DEFAULT_PROFILE, plugins=tuple(ProfilePlugin(plugin_ref=type_, weight=weight) for type_, weight in scorers)
             ),
         ),
     )

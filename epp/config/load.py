@@ -11,7 +11,7 @@ from typing import Any
 
 from epp.config import blocks
 from epp.config.catalogue import Catalogue
-from epp.config.defaults import FEATURE_GATES, FLOW_CONTROL_GATE, default_config, resolve_defaults
+from epp.config.defaults import FEATURE_GATES, FLOW_CONTROL_GATE, LLM_D, NAMED_PROFILES, default_config, resolve_defaults, with_profile
 from epp.config.document import parse
 from epp.config.references import DEFAULT_HANDLER, DEFAULT_ROLES, References
 from epp.config.schema import (
@@ -36,6 +36,7 @@ _FIELDS = (
     "apiVersion",
     "kind",
     "featureGates",
+    "profile",
     "plugins",
     "schedulingProfiles",
     "dataLayer",
@@ -75,7 +76,7 @@ def _config(walk: Walk, document: Any, catalogue: Catalogue, allow_experimental:
     gates = _feature_gates(walk, fields.get("featureGates"))
     plugins = _plugins(walk, fields.get("plugins"), catalogue, allow_experimental)
     refs = References(walk, plugins, catalogue)
-    return EndpointPickerConfig(
+    config = EndpointPickerConfig(
         api_version=api_version,
         kind=kind,
         feature_gates=gates,
@@ -88,6 +89,23 @@ def _config(walk: Walk, document: Any, catalogue: Catalogue, allow_experimental:
         ),
         warnings=tuple(walk.warnings),
     )
+    profile = _named_profile(walk, fields, refs)
+    return with_profile(config, profile) if profile else config
+
+
+def _named_profile(walk: Walk, fields: Mapping[str, Any], refs: References) -> str:
+    """The profile to use in place of one that is spelled out; empty if one is."""
+    name = walk.text(fields.get("profile"), "profile")
+    if name and name not in NAMED_PROFILES:
+        walk.fault("profile", f"{name!r} is not {' or '.join(NAMED_PROFILES)}{suggestion(name, NAMED_PROFILES)}")
+        return ""
+    own = refs.configured("filter", "scorer", "picker", "profile-handler")
+    if not own and not fields.get("schedulingProfiles"):
+        return name or LLM_D
+    if name:
+        other = f"the plugin {own[0]}" if own else "schedulingProfiles"
+        walk.fault("profile", f"{name} is a whole profile and can't be combined with {other}; remove one of them")
+    return ""
 
 
 def _feature_gates(walk: Walk, value: Any) -> dict[str, bool]:

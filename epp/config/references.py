@@ -49,12 +49,17 @@ class References:
         """Name -> roles, of everything that may be named; empty for a plugin whose type can't be had."""
         for plugin in plugins:
             self.roles.setdefault(plugin.name, catalogue.role(plugin.type))
+        self._configured = list(self.roles)
         self.pickers = self.named("picker")
         self.handlers = self.named("profile-handler")
         given = {"picker": self.pickers, "profile-handler": self.handlers}
         for type_, role in DEFAULT_ROLES.items():
             if not given.get(role):  # a default of these two comes only where there is no other
                 self.roles.setdefault(type_, {role})
+
+    def configured(self, *roles: str) -> list[str]:
+        """Names of the plugins that are configured for any of these roles, or whose type can't be had."""
+        return [name for name in self._configured if not self.roles[name] or self.roles[name] & set(roles)]
 
     def named(self, role: str) -> list[str]:
         return [name for name, roles in self.roles.items() if role in roles]

@@ -129,6 +129,10 @@ class LoadScores:
 
     def totals(self, request: LLMRequest, candidates: Snapshot) -> list[float]:
         """One weighted sum per candidate, in order. The list is kept: copy it before changing it."""
+        if not self._scorers:
+            if candidates is not self._candidates:
+                self._candidates, self._totals = candidates, [0.0] * len(candidates.endpoints)
+            return self._totals
         changes = candidates.endpoints[0].changes
         if candidates is self._candidates:
             if changes.count == self._count:

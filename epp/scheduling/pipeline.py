@@ -47,6 +47,8 @@ class Profile:
         per_request = [w for w in scorers if w.scorer.per_request]
         self._sparse = [(w.scorer.score_sparse, w) for w in per_request if isinstance(w.scorer, SparseScorer)]
         self._per_request = [w for w in per_request if not isinstance(w.scorer, SparseScorer)]
+        self._alone = len(scorers) == len(self._per_request) == 1 and self._per_request[0].weight == 1.0
+        """One scorer decides, whose scores are the totals."""
         self._picker = picker
         self._labelled: tuple[Snapshot, Snapshot] | None = None
         """Candidates and what the label filters left of them, the last time."""
@@ -62,18 +64,18 @@ class Profile:
             if trace is not None:
                 trace.append(ProfileTrace(self.name, filtered, (), (), (), ()))
             raise SaturatedError("no endpoints available for the given request")
-        totals = self._load_scores.totals(request, candidates)
+        totals: Sequence[float] = self._load_scores.totals(request, candidates)
         columns = self._load_scores.columns() if trace is not None else None
         if self._sparse:
             totals = self._with_sparse(request, totals, candidates.by_slot, columns)
         for weighted in self._per_request:
             scores = scores_of(weighted.scorer, request, candidates.endpoints)
-            totals = [total + weighted.weight * score for total, score in zip(totals, scores, strict=True)]
+            totals = scores if self._alone else [total + weighted.weight * score for total, score in zip(totals, scores, strict=True)]
             if columns is not None:
                 columns.append(Column(weighted.name, weighted.weight, scores))
         chosen = self._picker.pick(totals, candidates.endpoints, rng)
         if trace is not None and columns is not None:
-            kept = totals.copy() if totals is self._load_scores.kept else totals
+            kept = list(totals) if totals is self._load_scores.kept else totals
             trace.append(ProfileTrace(self.name, filtered, candidates.endpoints, columns, kept, chosen))
         return chosen
 

@@ -6,10 +6,12 @@ import random
 
 import pytest
 
+from epp.datastore import Reading
 from epp.exchange import Exchange
+from epp.plugins.cost_lanes import LOAD_START_S, SLOTS_START, Lane, Lanes, Work
 from epp.plugins.cost_model import SAMPLES_MIN, CostModel
-from epp.plugins.scorers.cost_aware import CostAwareScorer, Lane
-from epp.types import Decision, LLMRequest, PrefixMatch
+from epp.plugins.scorers.cost_aware import LOOP_MAX, CostAwareScorer
+from epp.types import Decision, Endpoint, LLMRequest, PrefixMatch
 from tests.builders import PATH, Core, core
 
 CONFIG = """
@@ -42,8 +44,18 @@ def first_token(exchange: Exchange) -> None:
 
 
 def lanes(scorer: CostAwareScorer) -> dict[int, Lane]:
-    found: dict[int, Lane] = scorer.__dict__["lanes"]
-    return found
+    found: Lanes = scorer.__dict__["lanes"]
+    return found.by_slot
+
+
+def wait_s(pool: Core, endpoint: Endpoint) -> float:
+    """As the scorer sees it: what a prompt of one token costs there beyond what it costs where nothing is going on."""
+    scorer = pool.built.plugins["cost-aware-scorer"]
+    assert isinstance(scorer, CostAwareScorer)
+    request = LLMRequest(id="r", path=PATH, headers={})
+    request.prompt_tokens = 1
+    (score,) = scorer.score(request, (endpoint,))
+    return 1 / score - 1
 
 
 # The model
@@ -109,18 +121,16 @@ def test_time_passes_for_the_prompt_at_the_head() -> None:
     route(pool, 10_000)  # where the short one was
     pool.clock.advance(3.5)  # half a second is left there, by now; nothing came of the other
     assert route(pool, 100).decision.endpoint is not None
-    lane = next(lane for slot, lane in lanes(pool.built.plugins["cost-aware-scorer"]).items() if slot == long.decision.endpoint.slot)  # type: ignore[arg-type]
-    assert lane.wait_s(pool.clock.now_s()) == pytest.approx(0.5, abs=0.1)
+    assert wait_s(pool, long.decision.endpoint) == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_prompt_that_is_overdue_was_not_cached() -> None:
-    pool, scorer = world(1)
+    pool, _ = world(1)
     first_token(route(pool, 50_000, text=3))
-    route(pool, 50_000, text=3)
-    (lane,) = lanes(scorer).values()
-    assert lane.wait_s(pool.clock.now_s()) < 0.1, "it should be there"
+    endpoint = route(pool, 50_000, text=3).decision.endpoint
+    assert wait_s(pool, endpoint) < 0.1, "it should be there"
     pool.clock.advance(1.0)
-    assert lane.wait_s(pool.clock.now_s()) == pytest.approx(4.0, abs=0.2), "5 s of work, one is done"
+    assert wait_s(pool, endpoint) == pytest.approx(4.0, abs=0.2), "5 s of work, one is done"
 
 
 def test_a_full_cache_counts_until_there_is_room() -> None:
@@ -197,5 +207,139 @@ def test_the_formula_by_hand() -> None:
     request = LLMRequest(id="r", path=PATH, headers={})
     request.prompt_tokens = 2_000
     request.prefix = PrefixMatch([1], [1_500], 2_000, {one.slot: 1_500})
-    # pod-1: wait 1 s + own 500 x 100 us = 1.05 s; pod-2: own 2 000 x 100 us x (1 + 0.03 x 2) = 0.212 s
-    assert scorer.score(request, (one, two)) == pytest.approx([1 / 2.05, 1 / 1.212])
+    # pod-1: wait 1 s + own 500 x 100 us x (1 + 0.6 x 1) = 1.08 s; pod-2: own 2 000 x 100 us x (1 + 0.1 x 2) = 0.24 s
+    assert scorer.score(request, (one, two)) == pytest.approx([1 / 2.08, 1 / 1.24])
+
+
+# In columns
+
+
+def by_hand(scorer: CostAwareScorer, request: LLMRequest, endpoint: Endpoint, now_s: float) -> float:
+    """The docstring's formula for one endpoint, step by step."""
+    model: CostModel = scorer.__dict__["model"]
+    lane = lanes(scorer)[endpoint.slot]
+    cached = request.prefix.matched_tokens.get(endpoint.slot, 0) if request.prefix else 0
+    tokens = max(1, request.prompt_tokens - cached)
+    own_s = lane.slowness * model.prefill_s(tokens, tokens * (request.prompt_tokens - tokens / 2), lane.context)
+    waited_s = 0.0
+    if lane.queue:
+        head, *others = lane.queue
+        took_s = now_s - max(lane.last_s, head.sent_s)
+        waited_s = max(0.0, (head.seconds if took_s <= 1.5 * head.seconds else head.miss_s) - took_s) + sum(work.seconds for work in others)
+    decoding = lane.requests - len(lane.queue)
+    cost_s = waited_s + own_s * (1 + scorer.harm * decoding + scorer.crowding * len(lane.queue)) + scorer.spread * model.once_s * decoding
+    if endpoint.kv_capacity_tokens:
+        used = lane.kv_used()
+        cost_s += max(0.0, max(0.0, used + tokens - endpoint.kv_capacity_tokens) / used * lane.decode_s - waited_s)
+    return 1 / (1 + cost_s)
+
+
+@pytest.mark.parametrize("count", [3, LOOP_MAX, LOOP_MAX + 1, SLOTS_START + 40])
+@pytest.mark.parametrize("seed", range(3))
+def test_columns_say_what_the_formula_says_whatever_happened(count: int, seed: int) -> None:
+    pool, scorer = world(count)
+    rng = random.Random(seed)
+    open_: list[Exchange] = []
+    for number in range(6 * count):
+        pool.clock.advance(rng.expovariate(2.0 * count))
+        open_.append(route(pool, rng.randrange(10, 30_000), text=1 + rng.randrange(40)))
+        if number % 3 == 0:
+            pool.read(1 + rng.randrange(count), waiting=rng.randrange(5), kv_usage=rng.random(), kv_blocks=4_000, kv_block_tokens=16)
+        for exchange in rng.sample(open_, len(open_) // 4):
+            first_token(exchange)
+            if rng.random() < 0.5:
+                exchange.finish(complete=rng.random() < 0.9)
+                open_.remove(exchange)
+        ready = pool.datastore.ready.endpoints
+        endpoints = ready if number % 2 else tuple(rng.sample(ready, rng.randrange(1, count + 1)))
+        request = LLMRequest(id="r", path=PATH, headers={})
+        request.prompt_tokens = rng.randrange(10, 60_000)
+        if rng.random() < 0.7:
+            cached = {endpoint.slot: rng.randrange(request.prompt_tokens + 1) for endpoint in rng.sample(ready, 3)}
+            request.prefix = PrefixMatch([1], [request.prompt_tokens], request.prompt_tokens, cached)
+        scores = scorer.score(request, endpoints)
+        assert scores == pytest.approx([by_hand(scorer, request, endpoint, pool.clock.now_s()) for endpoint in endpoints], rel=1e-9)
+
+
+def test_endpoints_come_and_go_under_the_columns() -> None:
+    pool, scorer = world(5)
+    for _ in range(5):
+        route(pool, 9_000)
+    specs = [endpoint.spec for endpoint in pool.datastore.endpoints.values()]
+    pool.datastore.apply(specs[:2] + specs[4:])
+    assert len(lanes(scorer)) == 3
+    pool.datastore.apply([endpoint.spec for endpoint in core(SLOTS_START + 26).datastore.endpoints.values()])
+    assert route(pool, 100).decision.endpoint.spec not in (*specs[:2], specs[4]), "the others have nothing to do"
+
+
+# LoRA
+
+
+def adapted(pool: Core, number: int, *active: str, most: int = 2) -> None:
+    endpoint = pool.endpoint(number)
+    reading = Reading(adapters_active=frozenset(active), adapters_waiting=frozenset(), adapters_max=most)
+    pool.datastore.record_reading(endpoint, reading, sent_requests=0, sent_tokens=0)
+
+
+def ask(pool: Core, adapter: str, tokens: int = 1_000) -> Exchange:
+    request = LLMRequest(id="r", path=PATH, headers={})
+    request.model = request.target_model = adapter
+    request.stream = True
+    request.prompt = random.randbytes(tokens * 4)
+    request.prompt_tokens = tokens
+    return pool.director.route(request, None, None, pool.clock.now_s())
+
+
+def test_requests_for_an_adapter_go_where_it_is_loaded_and_others_where_a_slot_is_free() -> None:
+    pool, scorer = world(2)
+    adapted(pool, 1, "red", "green", "blue", "black")
+    route(pool, 10)  # the names are read with the next decision
+    homes = {}
+    for adapter in ("red", "green", "blue", "black"):
+        exchange = ask(pool, adapter)
+        homes[adapter] = exchange.decision.endpoint.name
+        first_token(exchange)
+        pool.clock.advance(0.05)
+    assert sorted(homes.values()) == ["pod-1", "pod-1", "pod-2", "pod-2"]
+    for adapter, home in homes.items():
+        assert ask(pool, adapter).decision.endpoint.name == home
+    assert scorer.state()["adapter_load_s"] is not None
+
+
+def test_a_request_waits_for_a_slot_no_longer_than_it_has_to() -> None:
+    pool, _ = world(1)
+    adapted(pool, 1, "red", "green", "blue")
+    lane = lanes_after(pool)
+    model = CostModel()
+    for adapter, requests in (("red", 3), ("green", 1)):
+        for _ in range(requests):
+            lane.add(Work(10, 0, lane, model, adapter=adapter, load_s=0.0, sent_s=0.0))
+    assert lane.slot_s("red") == 0.0
+    # green ends after decode_s, red with the last of three after twice that: the first of both after two thirds of it
+    assert lane.slot_s("blue") == pytest.approx(lane.decode_s / 1.5)
+    assert list(lane.loaded) == ["red", "green"]
+
+
+def lanes_after(pool: Core) -> Lane:
+    """The only endpoint's, once the names of adapters are read."""
+    route(pool, 10).finish(complete=True)
+    scorer = pool.built.plugins["cost-aware-scorer"]
+    assert isinstance(scorer, CostAwareScorer)
+    (lane,) = lanes(scorer).values()
+    return lane
+
+
+def test_how_long_loading_takes_is_learned_and_does_not_pass_for_work() -> None:
+    pool, scorer = world(1)
+    adapted(pool, 1, "adapter-0", most=1)
+    lanes_after(pool)
+    found: Lanes = scorer.__dict__["lanes"]
+    assert found.load_s == LOAD_START_S
+    adapted(pool, 1, *(f"adapter-{number}" for number in range(10)), most=1)
+    for number in range(80):
+        exchange = ask(pool, f"adapter-{number % 10}", 2_000)
+        pool.clock.advance(0.2 + 1.5)  # 2 000 tokens at 100 us, and loading
+        first_token(exchange)
+        exchange.finish(complete=True)
+    assert found.load_s == pytest.approx(1.5, abs=0.1)
+    assert next(iter(lanes(scorer).values())).slowness == 1.0
