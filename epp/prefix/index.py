@@ -5,35 +5,82 @@ before it, which makes the cached length findable by bisection (1-3 µs) instead
 
 * a prompt is recorded root first, and whole: all its blocks enter the endpoint's young generation together;
 * therefore a block's parent is never in an older generation than the block, and never later in a generation's order;
-* what leaves, leaves newest-inserted first, so a child goes before its parent.
+* generations leave oldest first, each newest-inserted first, so a child goes before its parent.
 
-Bounded per endpoint by blocks (memory) and, where the size of the engine's KV cache is known, by tokens: two generations; when the
-young one is full it becomes old, and what was old is dropped: a little with every prompt recorded, and in slices of `SLICE_BLOCKS` by
-`tick`, so no call stalls the loop.
+Bounded per endpoint by blocks (memory) and, where the size of the engine's KV cache is known, by tokens: what was not sent again while
+the endpoint was sent as much as its cache holds is taken for evicted, as engines evict the least recently used. `GENERATIONS` say how
+fine that is. What leaves is dropped a little with every prompt recorded, and in slices of `SLICE_BLOCKS` by `tick`, so no call stalls the loop.
 
-Cost: lookup O(distinct lengths x log blocks); record O(log blocks + new blocks), about 0.25 µs a new block. About 200 bytes a block.
+Cost: lookup O(distinct lengths x log blocks); record O(log blocks + new blocks), about 0.35 µs a new block. About 250 bytes a block.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 SLICE_BLOCKS = 2_000
 """Blocks dropped per tick: under a millisecond."""
+GENERATIONS = 16
+"""Parts of an endpoint's capacity that age together."""
+OUTLIVES = 1.2
+"""Of the tokens an engine's cache holds, so much is remembered: engines evict a prompt's end before its beginning, here both go together."""
+
+
+class _Generation:
+    """Blocks that were last sent at about the same time: an ordered set of hashes, parents before children."""
+
+    __slots__ = ("blocks", "live_blocks", "live_tokens", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.blocks: dict[int, None] = {}
+        self.live_blocks = 0
+        """Those not sent again since."""
+        self.live_tokens = 0
 
 
 class _Held:
-    """The blocks one endpoint holds: ordered sets of hashes, parents before children."""
+    """The blocks one endpoint holds."""
 
-    __slots__ = ("capacity_blocks", "capacity_tokens", "dropping", "old", "young", "young_tokens")
+    __slots__ = ("capacity_blocks", "capacity_tokens", "dropping", "generations", "latest", "live_blocks", "live_tokens", "young")
 
     def __init__(self, capacity_blocks: int) -> None:
-        self.young: dict[int, None] = {}
-        self.old: dict[int, None] = {}
-        self.dropping: dict[int, None] = {}
-        self.young_tokens = 0
+        self.latest: dict[int, int] = {}
+        """Block -> number of the generation in which it was sent last, which may be one that is being dropped. (The garbage collector does
+        not look into a dict of numbers.)"""
+        self.young = _Generation(0)
+        self.generations: deque[_Generation] = deque([self.young])
+        """Oldest first; `young` is the last."""
+        self.dropping: deque[_Generation] = deque()
+        self.live_blocks = 0
+        self.live_tokens = 0
         self.capacity_blocks = capacity_blocks
         self.capacity_tokens = 0
+
+    @property
+    def due(self) -> int:
+        return sum(len(generation.blocks) for generation in self.dropping)
+
+    def leave(self) -> None:
+        """The oldest generation is to be dropped."""
+        oldest = self.generations.popleft()
+        self.live_blocks -= oldest.live_blocks
+        self.live_tokens -= oldest.live_tokens
+        if oldest.blocks:
+            self.dropping.append(oldest)
+
+    def fit(self) -> None:
+        """What is too much leaves, but never what was sent last."""
+        while len(self.generations) > 1 and (
+            self.live_blocks > self.capacity_blocks or (self.capacity_tokens and self.live_tokens > self.capacity_tokens)
+        ):
+            self.leave()
+
+    def begin(self) -> None:
+        """A new young generation."""
+        self.young = _Generation(self.young.number + 1)
+        self.generations.append(self.young)
 
 
 class PrefixIndex:
@@ -59,9 +106,9 @@ class PrefixIndex:
         return sum(self.held_blocks(slot) for slot in self._held)
 
     def held_blocks(self, slot: int) -> int:
-        """Blocks remembered for that endpoint; one that both generations hold counts twice, as it does in memory."""
+        """Blocks remembered for that endpoint."""
         held = self._held.get(slot)
-        return len(held.young) + len(held.old) if held else 0
+        return held.live_blocks if held else 0
 
     def lookup(self, hashes: Sequence[int], mask: int) -> dict[int, int]:
         """slot -> leading blocks of `hashes` that endpoint has, for the slots in `mask` that have any."""
@@ -98,50 +145,78 @@ class PrefixIndex:
         held = self._held.get(slot)
         if held is None:
             held = self._held[slot] = _Held(self._capacity_blocks)
-        half = held.capacity_blocks // 2
-        hashes = hashes[:half]
-        young = held.young
+        hashes = hashes[: held.capacity_blocks // 2]
+        latest, young = held.latest, held.young
+        number = young.number
         low, high = 0, len(hashes)
         while low < high:  # young is prefix-closed too: find the first block not in it
             middle = (low + high) >> 1
-            if hashes[middle] in young:
+            if latest.get(hashes[middle]) == number:
                 low = middle + 1
             else:
                 high = middle
         if low == len(hashes):
             return
-        new_tokens = cumulative_tokens[len(hashes) - 1] - (cumulative_tokens[low - 1] if low else 0)
-        if len(young) + len(hashes) - low > half or (
-            held.capacity_tokens and held.young_tokens + new_tokens > held.capacity_tokens and young
+        if young.blocks and (
+            (len(young.blocks) + len(hashes) - low) * GENERATIONS > held.capacity_blocks
+            or (held.capacity_tokens and (young.live_tokens + cumulative_tokens[len(hashes) - 1]) * GENERATIONS > held.capacity_tokens)
         ):
-            self._rotate(slot, held)
-            young = held.young
-            low, new_tokens = 0, cumulative_tokens[len(hashes) - 1]
-        bit = 1 << slot
-        masks = self._masks
-        fresh = hashes[low:] if low else hashes
-        for block in fresh:
-            masks[block] = masks.get(block, 0) | bit
-        young.update(dict.fromkeys(fresh))
-        held.young_tokens += new_tokens
+            held.begin()
+            low = 0
+            self.rotations_total += 1
+        self._enter(held, 1 << slot, hashes, low, cumulative_tokens)
         if held.dropping:  # pay as you go: what a prompt adds, twice as much goes
-            self._drop(slot, held, held.dropping, 2 * len(fresh))
+            self._drop(slot, held, 2 * (len(hashes) - low))
+        held.fit()
+        if held.due > held.capacity_blocks // 2:  # the ticks were too slow: the bound matters more
+            self._drop(slot, held, held.due)
+
+    def _enter(self, held: _Held, bit: int, hashes: Sequence[int], low: int, cumulative_tokens: Sequence[int]) -> None:
+        """The blocks from `low` on are in the young generation now."""
+        latest, young, masks, generations = held.latest, held.young, self._masks, held.generations
+        number, oldest = young.number, generations[0].number
+        before = cumulative_tokens[low - 1] if low else 0
+        first_tokens, blocks = before, 0
+        for block, tokens in zip(hashes[low:], cumulative_tokens[low:], strict=False):
+            was_in = latest.get(block)
+            if was_in is None:
+                masks[block] = masks.get(block, 0) | bit
+                blocks += 1
+            elif was_in < oldest:
+                blocks += 1
+            else:
+                generation = generations[was_in - oldest]
+                generation.live_blocks -= 1
+                generation.live_tokens -= tokens - before
+                first_tokens += tokens - before
+            latest[block] = number
+            before = tokens
+        count = len(hashes) - low
+        young.blocks.update(dict.fromkeys(hashes[low:]))
+        young.live_blocks += count
+        young.live_tokens += before - (cumulative_tokens[low - 1] if low else 0)
+        held.live_blocks += blocks
+        held.live_tokens += before - first_tokens
 
     def set_capacity_tokens(self, slot: int, tokens: int) -> None:
         """The engine's KV cache holds this many tokens (0: unknown): remember about as much, not more."""
         held = self._held.get(slot)
         if held is None:
             held = self._held[slot] = _Held(self._capacity_blocks)
-        held.capacity_tokens = tokens
+        tokens = int(OUTLIVES * tokens)
+        if held.capacity_tokens != tokens:
+            held.capacity_tokens = tokens
+            held.fit()
 
     def reset(self, slot: int) -> None:
         """The engine was started anew: it has nothing of what it held. What it is sent from now on counts once that is dropped."""
         held = self._held.get(slot)
         if held is None:
             return
-        held.dropping = {**held.dropping, **held.old, **held.young}  # newest last: it goes first
-        held.old, held.young, held.young_tokens = {}, {}, 0
-        if held.dropping:
+        while held.generations:
+            held.leave()
+        held.begin()
+        if held.due:
             self._blind |= 1 << slot
 
     def forget(self, slot: int, then: Callable[[int], None] | None = None) -> None:
@@ -155,6 +230,8 @@ class PrefixIndex:
             if then:
                 then(slot)
             return
+        while held.generations:
+            held.leave()
         self._retired.append((slot, held, then))
 
     def tick(self) -> int:
@@ -162,17 +239,15 @@ class PrefixIndex:
         budget = SLICE_BLOCKS
         for slot, held in self._held.items():
             if held.dropping:
-                budget -= self._drop(slot, held, held.dropping, budget)
+                budget -= self._drop(slot, held, budget)
                 if budget <= 0:
                     break
         while self._retired:
             slot, held, then = self._retired[0]
-            # newest first: young, then old, then what was already being dropped
-            generation = held.young or held.old or held.dropping
-            if generation and budget <= 0:
+            if held.dropping and budget <= 0:
                 break
-            if generation:
-                budget -= self._clear(slot, generation, budget)
+            if held.dropping:
+                budget -= self._drop(slot, held, budget)
                 continue
             self._retired.pop(0)
             if then:
@@ -182,43 +257,27 @@ class PrefixIndex:
     @property
     def due(self) -> int:
         """Blocks waiting to be dropped."""
-        retired = sum(len(h.young) + len(h.old) + len(h.dropping) for _, h, _ in self._retired)
-        return retired + sum(len(h.dropping) for h in self._held.values())
+        return sum(held.due for _, held, _ in self._retired) + sum(held.due for held in self._held.values())
 
-    def _rotate(self, slot: int, held: _Held) -> None:
-        if held.dropping:  # the ticks were too slow: finish now, the bound matters more
-            self._drop(slot, held, held.dropping, len(held.dropping))
-        held.dropping, held.old, held.young, held.young_tokens = held.old, held.young, {}, 0
-        self.rotations_total += 1
-
-    def _drop(self, slot: int, held: _Held, generation: dict[int, None], budget: int) -> int:
-        """Take up to `budget` blocks, newest first, out of `generation`; those held again by a younger one keep their bit."""
-        young, old, masks, bit = held.young, held.old, self._masks, 1 << slot
-        count = min(budget, len(generation))
-        take = generation.popitem
-        for _ in range(count):
-            block, _none = take()
-            if block not in young and block not in old:
-                mask = masks[block]
-                if mask == bit:
-                    del masks[block]
-                else:
-                    masks[block] = mask & ~bit
-        if not generation:
+    def _drop(self, slot: int, held: _Held, budget: int) -> int:
+        """Take up to `budget` blocks out of what is to be dropped; those sent again since keep their bit."""
+        latest, masks, bit, dropped = held.latest, self._masks, 1 << slot, 0
+        while held.dropping and dropped < budget:
+            generation = held.dropping[0]
+            take, number = generation.blocks.popitem, generation.number
+            count = min(budget - dropped, len(generation.blocks))
+            for _ in range(count):
+                block, _none = take()
+                if latest[block] == number:
+                    del latest[block]
+                    mask = masks[block]
+                    if mask == bit:
+                        del masks[block]
+                    else:
+                        masks[block] = mask & ~bit
+            dropped += count
+            if not generation.blocks:
+                held.dropping.popleft()
+        if not held.dropping:
             self._blind &= ~bit
-        return count
-
-    def _clear(self, slot: int, generation: dict[int, None], budget: int) -> int:
-        masks, bit = self._masks, 1 << slot
-        count = min(budget, len(generation))
-        for _ in range(count):
-            self._unset(masks, generation.popitem()[0], bit)
-        return count
-
-    @staticmethod
-    def _unset(masks: dict[int, int], block: int, bit: int) -> None:
-        mask = masks.get(block, 0) & ~bit
-        if mask:
-            masks[block] = mask
-        else:
-            masks.pop(block, None)
+        return dropped

@@ -136,8 +136,22 @@ class IndexMachine(RuleBasedStateMachine):
             held = self.index._held.get(slot)
             assert self.index.held_blocks(slot) <= self.capacity
             bits = sum(mask >> slot & 1 for mask in self.index._masks.values())
-            assert bits == (len(held.young.keys() | held.old.keys() | held.dropping.keys()) if held else 0)
-            assert bits <= self.capacity + self.capacity // 2, "with the generation that is being dropped"
+            assert bits == (len(held.latest) if held else 0)
+            assert bits <= 2 * self.capacity, "with what is being dropped"
+            if held:
+                self.counts_are_true(held)
+
+    def counts_are_true(self, held: index_module._Held) -> None:
+        """Of every generation and of all."""
+        for generation in held.generations:
+            living = [block for block, latest in held.latest.items() if latest == generation.number]
+            assert generation.live_blocks == len(living)
+            assert generation.live_tokens == BLOCK_TOKENS * len(living)
+            assert set(living) <= generation.blocks.keys()
+        assert held.live_blocks == sum(generation.live_blocks for generation in held.generations)
+        assert held.live_tokens == BLOCK_TOKENS * held.live_blocks
+        if held.capacity_tokens and len(held.generations) > 1:
+            assert held.live_tokens <= held.capacity_tokens
 
     @invariant()
     def whoever_has_a_block_has_all_before_it(self) -> None:
@@ -169,7 +183,7 @@ def test_a_capacity_in_tokens_bounds_what_is_remembered() -> None:
     index.set_capacity_tokens(0, 20 * BLOCK_TOKENS)
     for number in range(200):
         index.record(0, hashes_of([number, 1, 1, 1]), CUMULATIVE)
-    assert index.held_blocks(0) <= 2 * 20, "two generations of what the cache holds"
+    assert index.held_blocks(0) == int(index_module.OUTLIVES * 20), "what the cache holds, and a little more"
     assert index.rotations_total > 0
     without = PrefixIndex(10_000)
     for number in range(200):

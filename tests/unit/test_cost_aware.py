@@ -207,8 +207,8 @@ def test_the_formula_by_hand() -> None:
     request = LLMRequest(id="r", path=PATH, headers={})
     request.prompt_tokens = 2_000
     request.prefix = PrefixMatch([1], [1_500], 2_000, {one.slot: 1_500})
-    # pod-1: wait 1 s + own 500 x 100 us x (1 + 0.6 x 1) = 1.08 s; pod-2: own 2 000 x 100 us x (1 + 0.1 x 2) = 0.24 s
-    assert scorer.score(request, (one, two)) == pytest.approx([1 / 2.08, 1 / 1.24])
+    # pod-1: wait 1 s + own 500 x 100 us x (1 + 0.5 x 1) = 1.075 s; pod-2: own 2 000 x 100 us x (1 + 0.08 x 2) = 0.232 s
+    assert scorer.score(request, (one, two)) == pytest.approx([1 / 2.075, 1 / 1.232])
 
 
 # In columns

@@ -40,8 +40,8 @@ class CostAwareScorer(Plugin):
     per_request: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("prefix-match",)
 
-    harm: Annotated[float, msgspec.Meta(ge=0)] = 0.1
-    crowding: Annotated[float, msgspec.Meta(ge=0)] = 0.6
+    harm: Annotated[float, msgspec.Meta(ge=0)] = 0.08
+    crowding: Annotated[float, msgspec.Meta(ge=0)] = 0.5
     spread: Annotated[float, msgspec.Meta(ge=0)] = 0.5
     prefix_match_info_producer_name: str = ""
 
