@@ -14,7 +14,7 @@ test: $(VENV)/.dev ## every test, with coverage
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --skip-covered
 
-test-engines: $(VENV)/.dev ## against real vLLM, Triton and SGLang, installed on first use: tests/engines/README.md
+test-engines: $(VENV)/.dev ## against real vLLM, Triton, SGLang (installed on first use) and llama.cpp: tests/engines/README.md
 	$(BIN)/python -m pytest tests/engines $(PYTEST_FLAGS)
 
 check: lint test ## what CI runs

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -15,6 +16,7 @@ from install import HIDDEN, LAYERS, InstallError, environment, llama_server, tin
 from programs import await_gone, descendants
 from servers import LlamaProgram, Sglang, Vllm
 
+Engine = TypeVar("Engine", Vllm, Sglang)
 figures: list[str] = []
 
 
@@ -72,14 +74,14 @@ def llama_program() -> LlamaProgram:
         return LlamaProgram(llama_server(), tiny_gguf(layers=LAYERS, hidden=HIDDEN))
     except InstallError as error:
         if not chosen:
-            pytest.skip(f"{error} (12 minutes on one core), or name one in LLAMA_SERVER and its GGUF in LLAMA_MODEL")
+            pytest.skip(f"{error} (7 to 12 minutes), or name one in LLAMA_SERVER")
     try:
         return LlamaProgram(Path(chosen), Path(model) if model else tiny_gguf(layers=LAYERS, hidden=HIDDEN))
     except InstallError as error:
         pytest.skip(str(error))
 
 
-def started(engine: Vllm | Sglang, name: str) -> Iterator[Vllm | Sglang]:
+def started(engine: Engine, name: str) -> Iterator[Engine]:
     with engine:
         figures.append(f"{name} ready in {engine.start_s:.0f} s")
         yield engine

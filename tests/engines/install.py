@@ -141,7 +141,7 @@ LLAMACPP = Build(
     "llama.cpp",
     ("cmake==4.4.4", "ninja==1.13.2"),
     (
-        "CMAKE_BUILD_TYPE=Release", "CMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG",  # -O1: what is fast enough here, in half the time to compile
+        "CMAKE_BUILD_TYPE=Release", "CMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG",  # -O1: fast enough here, and compiled in half the time
         "BUILD_SHARED_LIBS=OFF", "GGML_NATIVE=OFF", "GGML_AVX2=ON", "GGML_FMA=ON", "GGML_F16C=ON", "GGML_OPENMP=OFF",
         "LLAMA_BUILD_NUMBER=11434", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_BUILD_APP=OFF", "LLAMA_BUILD_UI=OFF",
         "LLAMA_USE_PREBUILT_UI=OFF", "LLAMA_OPENSSL=OFF",
@@ -304,19 +304,23 @@ def _run(command: list[str], timeout_s: float, what: str) -> None:
 
 
 def _run_shown(command: list[str], engine: str, doing: str) -> None:
-    """Runs ninja and says how far it is. Without a limit in time: on a busy machine an idle priority may get next to nothing."""
+    """Runs ninja and says how far it is. Without a limit in time: at an idle priority a busy machine may grant it next to nothing."""
     begun_s = said_s = time.monotonic()
     last: deque[str] = deque(maxlen=20)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            last.append(line.strip())
-            step, now_s = re.match(r"\[(\d+)/(\d+)\]", line), time.monotonic()
-            if step and (sys.stdout.isatty() or now_s > said_s + SAY_EVERY_S):
-                said_s = now_s
-                _say(engine, f"{doing}, {step[1]} of {step[2]}, {now_s - begun_s:.0f} s", over=sys.stdout.isatty())
+        try:
+            for line in process.stdout:
+                last.append(line.strip())
+                step, now_s = re.match(r"\[(\d+)/(\d+)\]", line), time.monotonic()
+                if step and (sys.stdout.isatty() or now_s > said_s + SAY_EVERY_S):
+                    said_s = now_s
+                    _say(engine, f"{doing}, {step[1]} of {step[2]}, {now_s - begun_s:.0f} s", over=sys.stdout.isatty())
+        except BaseException:  # interrupted: what it compiles now does not outlive us
+            process.terminate()
+            raise
     if process.returncode:
-        raise InstallError(f"{engine}: {doing} failed: {' '.join(last)[-SAID_CHARS_MAX:]}")
+        raise InstallError(f"{doing} failed: {' '.join(last)[-SAID_CHARS_MAX:]}")
 
 
 def _say(engine: str, what: str, *, over: bool = False) -> None:
