@@ -30,6 +30,8 @@ from epp.types import Address, Endpoint, EndpointSpec, LLMRequest
 
 DESTINATION = "x-gateway-destination-endpoint"
 PATH = "/v1/chat/completions"
+LLM_D = "apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\nprofile: llm-d\n"
+"""For tests that need to know who wins: queue-scorer 2, kv-cache-utilization-scorer 2, prefix-cache-scorer 3."""
 FULL_DUPLEX = (BodyMode.FULL_DUPLEX_STREAMED, BodyMode.FULL_DUPLEX_STREAMED)
 
 

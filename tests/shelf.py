@@ -12,6 +12,7 @@ from epp.config.schema import EndpointPickerConfig
 from epp.errors import ConfigError, Problem
 
 ROLES: dict[str, set[str]] = {
+    "cost-aware-scorer": {"scorer"},
     "queue-scorer": {"scorer"},
     "kv-cache-utilization-scorer": {"scorer"},
     "prefix-cache-scorer": {"scorer"},

@@ -49,7 +49,8 @@ _BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0"
 
 
 def load(text: str, *, source: str, catalogue: Catalogue, allow_experimental: bool = False) -> EndpointPickerConfig:
-    """The configuration as written, or the default one if `text` is empty. Raises ConfigError with every fault found.
+    """The configuration as written, with `profile` spelled out, or the default one if `text` says nothing. Raises ConfigError with every
+    fault found.
 
     `allow_experimental`: take alpha plugins too.
     """
@@ -97,15 +98,28 @@ def _named_profile(walk: Walk, fields: Mapping[str, Any], refs: References) -> s
     """The profile to use in place of one that is spelled out; empty if one is."""
     name = walk.text(fields.get("profile"), "profile")
     if name and name not in NAMED_PROFILES:
-        walk.fault("profile", f"{name!r} is not {' or '.join(NAMED_PROFILES)}{suggestion(name, NAMED_PROFILES)}")
+        walk.fault("profile", f"unknown profile {name!r}{suggestion(name, NAMED_PROFILES)}")
         return ""
-    own = refs.configured("filter", "scorer", "picker", "profile-handler")
-    if not own and not fields.get("schedulingProfiles"):
-        return name or LLM_D
-    if name:
-        other = f"the plugin {own[0]}" if own else "schedulingProfiles"
-        walk.fault("profile", f"{name} is a whole profile and can't be combined with {other}; remove one of them")
+    own = refs.configured("filter", "scorer", "picker", "profile-handler", but="detector" if name else "")
+    spelled_out = ["schedulingProfiles"] if fields.get("schedulingProfiles") else []
+    if not own and not spelled_out:
+        profile = name or LLM_D
+        _check_free(walk, fields, refs, profile)
+        return profile
+    others = spelled_out + [each for each in own if refs.roles[each]]
+    if name and others:
+        walk.fault("profile", f"{name} is a whole profile and can't be combined with {', '.join(others)}; remove one or the other")
     return ""
+
+
+def _check_free(walk: Walk, fields: Mapping[str, Any], refs: References, profile: str) -> None:
+    """Report plugins that have the names the profile's scorers will have."""
+    scorers = [type_ for type_, _ in NAMED_PROFILES[profile]]
+    plugins = fields.get("plugins")
+    for i, item in enumerate(plugins if isinstance(plugins, list) else ()):
+        name = item.get("name") if isinstance(item, Mapping) else ""
+        if name in scorers and refs.roles.get(name):
+            walk.fault(f"plugins[{i}].name", f"{name!r} is the name of a scorer of the profile {profile}; give this plugin another")
 
 
 def _feature_gates(walk: Walk, value: Any) -> dict[str, bool]:

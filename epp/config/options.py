@@ -187,7 +187,9 @@ def _add_endpoints(parser: argparse.ArgumentParser) -> None:
 
 def _add_policy(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("policy")
-    group.add_argument("--config-file", default="", metavar="FILE", help="EndpointPickerConfig, YAML or JSON")
+    group.add_argument(
+        "--config-file", default="", metavar="FILE", help="EndpointPickerConfig, YAML or JSON (default: the profile cost-aware)"
+    )
     group.add_argument("--config-text", default="", metavar="TEXT", help="the same, inline")
     _switch(group, "--config-reload", "put a changed --config-file in service without a restart; one with a fault changes nothing", on=True)
     _switch(group, "--allow-experimental-plugins", "take plugins that may still change (alpha) too")

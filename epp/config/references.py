@@ -57,9 +57,11 @@ class References:
             if not given.get(role):  # a default of these two comes only where there is no other
                 self.roles.setdefault(type_, {role})
 
-    def configured(self, *roles: str) -> list[str]:
-        """Names of the plugins that are configured for any of these roles, or whose type can't be had."""
-        return [name for name in self._configured if not self.roles[name] or self.roles[name] & set(roles)]
+    def configured(self, *roles: str, but: str = "") -> list[str]:
+        """Names of the plugins that are configured and have any of these roles and not `but`, or whose type can't be had."""
+        return [
+            name for name in self._configured if not self.roles[name] or (self.roles[name] & set(roles) and but not in self.roles[name])
+        ]
 
     def named(self, role: str) -> list[str]:
         return [name for name, roles in self.roles.items() if role in roles]

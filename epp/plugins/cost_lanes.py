@@ -31,6 +31,10 @@ ALIKE, SLOWNESS_MAX = 1.3, 20.0
 DECODE_START_S, DECODE_WEIGHT = 5.0, 0.05
 LOAD_START_S, LOAD_WEIGHT, LOAD_MAX_S = 0.2, 0.1, 60.0
 """What loading a LoRA adapter is taken to take."""
+READ_WEIGHT = 0.2
+"""Of a new reading in what others have there: engines' gauges lag behind by a step or two."""
+MEAN_START_S, MEAN_WEIGHT = 0.1, 0.05
+"""Of work, in the pool: what one of the others' prompts is taken to take."""
 ADAPTERS_MAX = 10_000
 """Names of LoRA adapters that are remembered of an endpoint."""
 SLOTS_START = 64
@@ -38,44 +42,33 @@ SLOTS_START = 64
 Column = NDArray[np.float64]
 
 
-class Row(NamedTuple):
-    """What a prompt would meet at an endpoint: work in front of its engine's prefill (the prompt at the head, those behind it), and load."""
-
-    ends_s: float = 0.0
-    """When the head should be through."""
-    overdue_s: float = inf
-    """When it is clear that it was not cached; infinite without a head."""
-    missed_s: float = 0.0
-    """When it is through in that case."""
-    queued_s: float = 0.0
-    """Those behind it take so long."""
-    burden: float = 1.0
-    """What a second of prefill costs there in all."""
-    context: float = 0.0
-    """Prompt tokens in flight."""
-    decoding: float = 0.0
-    """Requests past their first token."""
-    used: float = 1.0
-    """Tokens in the KV cache, and on their way there."""
-    room: float = inf
-    """Tokens that still fit; infinite while its size is not known."""
-    decode_s: float = 0.0
-    """From first to last token."""
+Row = tuple[float, float, float, float, float, float, float, float, float, float]
+"""What a prompt would meet at an endpoint, in the order of `Columns`' fields."""
 
 
 class Columns(NamedTuple):
-    """The same of many endpoints."""
+    """Of each endpoint: work in front of its engine's prefill (the prompt at the head, those behind it), and load."""
 
     ends_s: Column
+    """When the head should be through."""
     overdue_s: Column
+    """When it is clear that it was not cached; infinite without a head."""
     missed_s: Column
+    """When it is through in that case."""
     queued_s: Column
+    """Those behind it take so long."""
     burden: Column
+    """What a second of prefill costs there in all."""
     context: Column
+    """Prompt tokens in flight."""
     decoding: Column
+    """Requests past their first token."""
     used: Column
+    """Tokens in the KV cache, and on their way there."""
     room: Column
+    """Tokens that still fit; infinite while its size is not known."""
     decode_s: Column
+    """From first to last token."""
 
 
 class Work:
@@ -104,7 +97,7 @@ class Lane:
     """One endpoint: its prompts in order, and what was learned of it."""
 
     __slots__ = (
-        "adapters", "context", "decode_s", "endpoint", "last_s", "loaded", "named", "pending_s", "predicted_s", "queue", "requests", "row", "slot", "slowness",
+        "adapters", "context", "decode_s", "endpoint", "last_s", "loaded", "named", "others", "others_waiting", "pending_s", "predicted_s", "queue", "read_s", "requests", "row", "slot", "slowness",
         "took_s",
     )  # fmt: skip
 
@@ -119,6 +112,10 @@ class Lane:
         self.context = 0
         """Prompt tokens of all requests in flight: what its KV cache holds at least."""
         self.requests = 0
+        self.others = self.others_waiting = 0.0
+        """Requests there that we did not send, and those of them that wait: another picker's, or ours from before a restart."""
+        self.read_s = -inf
+        """When the reading was taken that they were last told from."""
         self.adapters: dict[str, int] = {}
         """LoRA adapters of the requests in flight, and how many each has."""
         self.loaded: dict[str, None] = {}
@@ -130,7 +127,16 @@ class Lane:
         self.took_s = self.predicted_s = PRIOR_S
         self.slowness = 1.0
         """Times what the model says."""
-        self.row = Row()
+        self.row: Row = (0.0, inf, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0, inf, 0.0)
+
+    def look(self) -> None:
+        """Compare a new reading with what we know of. Before each change to it, so that both are of the same moment."""
+        endpoint = self.endpoint
+        weight = READ_WEIGHT if self.read_s > -inf else 1.0
+        self.read_s = endpoint.scraped_at_s
+        unread = endpoint.sent_requests
+        self.others += weight * (endpoint.waiting + endpoint.running - max(0, self.requests - unread) - self.others)
+        self.others_waiting += weight * (endpoint.waiting - max(0, len(self.queue) - unread) - self.others_waiting)
 
     def kv_used(self) -> float:
         """Tokens its KV cache holds, and those that have no room there yet."""
@@ -199,6 +205,8 @@ class Lanes:
         """Names that any engine has called so."""
         self.load_s = LOAD_START_S
         """To load an adapter."""
+        self.mean_s = MEAN_START_S
+        """Seconds of work of a request."""
         self._harm = harm
         self._crowding = crowding
         self.positions: dict[int, int] = {}
@@ -213,7 +221,7 @@ class Lanes:
         """Slots whose row may be out of date."""
         self._unwritten: set[int] = set()
         """Slots whose row is not in the columns."""
-        self._values = np.zeros((len(Row._fields), SLOTS_START))
+        self._values = np.zeros((len(Columns._fields), SLOTS_START))
 
     def now(self, endpoints: Sequence[Endpoint]) -> list[Lane]:
         """These endpoints' lanes, in order, their rows as things are now."""
@@ -239,7 +247,7 @@ class Lanes:
         """The rows of the endpoints asked for last."""
         most = max(self.by_slot, default=0)
         if most >= self._values.shape[1]:
-            self._values = np.zeros((len(Row._fields), 2 * most))
+            self._values = np.zeros((len(Columns._fields), 2 * most))
             self._unwritten.update(self.by_slot)
         for slot in self._unwritten:
             lane = self.by_slot.get(slot)
@@ -253,35 +261,43 @@ class Lanes:
         return Columns(*self._values[:, self._select])
 
     def lane(self, endpoint: Endpoint) -> Lane:
-        """The endpoint's, which is about to be changed or has just come."""
+        """The endpoint's."""
         slot = endpoint.slot
         lane = self.by_slot.get(slot)
         if lane is None or lane.endpoint is not endpoint:
             lane = self.by_slot[slot] = Lane(endpoint)
-        self._touched.add(slot)
+            self._touched.add(slot)
         return lane
 
     def send(self, endpoint: Endpoint, prompt: int, cached: int, model_name: str, now_s: float) -> tuple[Lane, Work]:
         """A request went there."""
-        lane = self.lane(endpoint)
+        lane = self._touch(self.lane(endpoint))
         adapter = model_name if model_name in self.adapters else ""
         load_s = self.load_s if adapter and adapter not in lane.loaded else 0.0
         work = Work(prompt, cached, lane, self.model, adapter=adapter, load_s=load_s, sent_s=now_s)
         lane.add(work)
+        self.mean_s += MEAN_WEIGHT * (work.seconds - self.mean_s)
         return lane, work
 
     def first_token(self, lane: Lane, work: Work, now_s: float) -> None:
-        self._touched.add(lane.slot)
+        self._touch(lane)
         self._learn(lane, work, now_s)
         lane.through(work, now_s)
 
     def over(self, lane: Lane, work: Work) -> None:
-        self._touched.add(lane.slot)
+        self._touch(lane)
         lane.leave(work)
 
     def removed(self, endpoint: Endpoint) -> None:
         self.by_slot.pop(endpoint.slot, None)
         self._of = ()
+
+    def _touch(self, lane: Lane) -> Lane:
+        """It is about to be changed."""
+        self._touched.add(lane.slot)
+        if lane.endpoint.scraped_at_s != lane.read_s:
+            lane.look()
+        return lane
 
     def _learn(self, lane: Lane, work: Work, now_s: float) -> None:
         """The work up to `work` took from when the endpoint began with it to now."""
@@ -311,6 +327,8 @@ class Lanes:
 
     def _row(self, lane: Lane) -> Row:
         queue, endpoint = lane.queue, lane.endpoint
+        if endpoint.scraped_at_s != lane.read_s:
+            lane.look()
         ends_s = missed_s = queued_s = 0.0
         overdue_s = inf
         if queue:
@@ -320,8 +338,14 @@ class Lanes:
             overdue_s = ends_s + OVERDUE * head.seconds
             missed_s = began_s + head.miss_s
             queued_s = max(lane.pending_s - head.seconds, 0.0)
-        decoding = lane.requests - len(queue)
-        burden = lane.slowness * (1.0 + self._harm * decoding + self._crowding * len(queue))
+        decoding, waiting = float(lane.requests - len(queue)), float(len(queue))
+        others = lane.others * endpoint.trusted
+        if others > 0.0:
+            others_waiting = min(others, max(0.0, lane.others_waiting * endpoint.trusted))
+            waiting += others_waiting
+            queued_s += others_waiting * self.mean_s
+            decoding += others - others_waiting
+        burden = lane.slowness * (1.0 + self._harm * decoding + self._crowding * waiting)
         capacity = endpoint.kv_capacity_tokens
         used = lane.kv_used() if capacity else 1.0
         if endpoint.adapters_max and len(lane.named) < ADAPTERS_MAX:
@@ -329,4 +353,4 @@ class Lanes:
             lane.named |= endpoint.adapters_waiting
             self.adapters |= lane.named
         room = capacity - used if capacity else inf
-        return Row(ends_s, overdue_s, missed_s, queued_s, burden, lane.context, decoding, used, room, lane.decode_s)
+        return ends_s, overdue_s, missed_s, queued_s, burden, lane.context, decoding, used, room, lane.decode_s

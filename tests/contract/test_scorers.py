@@ -91,6 +91,6 @@ def test_a_pointwise_scorers_endpoints_are_scored_alone(case: Case, situation: S
 
 
 def test_load_scorers_are_computed_change_by_change() -> None:
-    """What the pipeline need not compute whole: the reason the default configuration costs the same at any size."""
+    """What the pipeline need not compute whole: the reason `profile: llm-d` costs the same at any size."""
     for type_ in ("queue-scorer", "running-requests-size-scorer", "kv-cache-utilization-scorer", "load-aware-scorer"):
         assert issubclass(CLASSES[type_], PointwiseScorer | RangeScorer), type_

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.e2e
 
 CHAT = "/v1/chat/completions"
 LONG = "The sea was calm and nobody spoke. " * 60
+LLM_D = "apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\nprofile: llm-d\n"
 COUNTED = ("llm_d_epp_request_total", "llm_d_epp_scheduler_attempts_total", "llm_d_epp_inflight_requests", "llm_d_epp_prefix_indexer_size")
 
 
@@ -62,10 +63,26 @@ async def test_the_table_people_read(gateway: Gateway) -> None:
     first, profile, heads, *rows = out.splitlines()
     assert first.startswith("request why-this-one  model sim/llama-8b  about ")
     assert profile == "profile default"
-    assert heads.split()[-2:] == ["CACHED", "TOTAL"]
-    assert "prefix-cache-scorer x3" in heads
+    assert heads.split() == ["ENDPOINT", "ADDRESS", "cost-aware-scorer", "x1", "CACHED", "TOTAL"]
     assert sum(row.startswith("  *  ") for row in rows) == 1
     assert rows[2].startswith("-> ")
+
+
+async def test_a_profile_by_its_name(engines: Engines) -> None:
+    with Gateway(engines.addresses, "--config-text", LLM_D) as gateway:
+        first = await ask(gateway.address, CHAT, chat(LONG))
+        await until_idle(gateway.metrics)
+        answer = await told(gateway, chat(LONG))
+        (profile,) = answer["profiles"]
+        assert [(each["name"], each["weight"]) for each in profile["scorers"]] == [
+            ("queue-scorer", 2.0),
+            ("kv-cache-utilization-scorer", 2.0),
+            ("prefix-cache-scorer", 3.0),
+        ]
+        assert answer["destination"].split(",")[0] == first.engine
+        assert "," in answer["destination"], "the fallback the gateway is known to take"
+        _, out, _ = await explain(gateway, "-d", "@-", stdin=chat(LONG))
+        assert "prefix-cache-scorer x3" in out
 
 
 async def test_a_request_that_would_be_refused(gateway: Gateway) -> None:

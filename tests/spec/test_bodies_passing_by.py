@@ -11,6 +11,7 @@ from epp.extproc.messages import BodyMode
 from tests.builders import (
     DESTINATION,
     FULL_DUPLEX,
+    LLM_D,
     PATH,
     Core,
     Stream,
@@ -181,7 +182,7 @@ def test_streamed_gets_one_plain_reply_a_piece(path: str, headers: Mapping[str, 
 
 
 def test_it_is_routed_by_load() -> None:
-    world = core(3)
+    world = core(3, config=LLM_D)
     for number, waiting in enumerate([5.0, 0.0, 9.0], 1):
         world.read(number, waiting=waiting)
     stream = Stream(world.session())

@@ -10,6 +10,7 @@ from epp._pb import epp_ext_proc_pb2 as pb
 from epp.extproc.messages import BodyMode
 from tests.builders import (
     FULL_DUPLEX,
+    LLM_D,
     Core,
     Stream,
     chat,
@@ -138,7 +139,7 @@ def test_the_metadata_is_believed_before_the_attribute() -> None:
 
 @pytest.mark.parametrize("served", ["10.0.0.2", "10.0.0.2:9000", "nonsense", "10.0.0.1:8000,10.0.0.2:8000"])
 def test_an_address_that_is_no_endpoints_moves_nothing(served: str) -> None:
-    world = core(2)
+    world = core(2, config=LLM_D)
     world.read(2, waiting=50.0)
     stream = Stream(world.session())
     stream.send(request_headers(), request_body(chat(), end_of_stream=True), response_headers(served=served))

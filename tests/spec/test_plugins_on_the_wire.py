@@ -25,6 +25,7 @@ from epp.types import Decision, Endpoint, EndpointSpec, LLMRequest, Usage
 from tests.builders import (
     DESTINATION,
     FULL_DUPLEX,
+    LLM_D,
     Core,
     Stream,
     chat,
@@ -160,7 +161,7 @@ def test_trailers_alone_have_scores_where_only_their_reply_can_carry_them() -> N
 
 
 def test_scores_follow_load_and_cache_and_are_those_an_explanation_shows() -> None:
-    world = core(2, emit_scores=True)
+    world = core(2, config=LLM_D, emit_scores=True)
     world.read(1, kv_usage=0.5)
     world.read(2, kv_usage=0.1, waiting=4.0)
     asked = chat("word " * 2_000)
@@ -606,7 +607,7 @@ def not_available(stream: Stream) -> bool:
 
 
 @pytest.mark.parametrize("modes", [FULL_DUPLEX, (BUFFERED, NONE), (PARTIAL, NONE), (STREAMED, STREAMED), None], ids=str)
-@pytest.mark.parametrize("config", ["", PRECISE], ids=["default", "precise"])
+@pytest.mark.parametrize("config", [LLM_D, PRECISE], ids=["approximate", "precise"])
 def test_a_conditional_request_goes_only_where_its_prefix_is_cached(config: str, modes: Modes) -> None:
     world = core(3, config=config)
     for _ in range(2):  # a refusal teaches nothing
@@ -629,6 +630,22 @@ def test_a_conditional_request_goes_only_where_its_prefix_is_cached(config: str,
         stream.close()
     assert world.inflight == IDLE
     assert world.errors("m") == {"PreconditionFailed": 2}
+
+
+@pytest.mark.parametrize("modes", [FULL_DUPLEX, (BUFFERED, NONE), (PARTIAL, NONE), (STREAMED, STREAMED), None], ids=str)
+def test_nothing_has_to_be_configured_for_conditional_requests(modes: Modes) -> None:
+    world = core(8)
+    assert not_available(request(world, chat(LONG), modes=modes, headers=IF_AVAILABLE))
+    first = request(world, chat(LONG), modes=modes)
+    (cached_at,) = [each for each in world.datastore.endpoints.values() if each.inflight_requests]
+    respond(first, JSON_ANSWER)
+    first.close()
+    for _ in range(8):
+        stream = request(world, chat(LONG + "and more"), modes=modes, headers=IF_AVAILABLE)
+        assert told(stream.got)[0]["envoy.lb"][DESTINATION] == cached_at.destination
+        respond(stream, JSON_ANSWER)
+        stream.close()
+    assert world.inflight == IDLE
 
 
 def test_who_does_not_ask_is_routed_whether_or_not_a_prefix_is_cached() -> None:
@@ -673,7 +690,7 @@ def test_the_preference_is_a_token_in_any_case(value: str, asked: bool) -> None:
 
 
 def test_what_counts_is_the_cache_of_the_endpoint_that_was_chosen() -> None:
-    world = core(2)
+    world = core(2, config=LLM_D)
     world.read(2, waiting=9.0, kv_usage=0.9)
     assert destination_of(request(world, chat(LONG)).got[0]) == ONE
     world.read(1, waiting=9.0, kv_usage=1.0)
@@ -687,7 +704,7 @@ def test_what_counts_is_the_cache_of_the_endpoint_that_was_chosen() -> None:
 
 
 def test_a_prefix_that_is_cached_outside_the_subset_is_not_available() -> None:
-    world = core(2)
+    world = core(2, config=LLM_D)
     world.read(2, waiting=9.0)
     assert destination_of(request(world, chat(LONG)).got[0]) == ONE
     assert not_available(request(world, chat(LONG), headers=IF_AVAILABLE, subset=[TWO]))

@@ -29,18 +29,21 @@ def members(text: str) -> list[list[str]]:
 
 def test_all_that_runs_when_nothing_is_configured() -> None:
     config = resolve_defaults(default_config(), Shelf())
-    assert [spec.name for spec in config.plugins] == [
-        "queue-scorer", "kv-cache-utilization-scorer", "prefix-cache-scorer", "max-score-picker", *ADDED,
-    ]  # fmt: skip
+    assert [spec.name for spec in config.plugins] == ["cost-aware-scorer", "max-score-picker", *ADDED]
     assert config.data_layer.sources == (METRICS,)
     assert config.flow_control.saturation_detector == "utilization-detector"
     assert config.request_handler.parsers == ()
     assert config.warnings == ()
 
 
-def test_an_empty_configuration_picks_among_all_alike() -> None:
-    assert plugins("") == ["max-score-picker", *ADDED]
-    assert members("") == [["max-score-picker"]]
+def test_an_empty_configuration_runs_the_reference_pickers_default() -> None:
+    assert plugins("") == ["queue-scorer", "kv-cache-utilization-scorer", "prefix-cache-scorer", "max-score-picker", *ADDED]
+    assert members("") == [["queue-scorer", "kv-cache-utilization-scorer", "prefix-cache-scorer", "max-score-picker"]]
+
+
+def test_a_profile_without_members_picks_among_all_alike() -> None:
+    assert plugins("schedulingProfiles: [{name: a}]") == ["max-score-picker", *ADDED]
+    assert members("schedulingProfiles: [{name: a}]") == [["max-score-picker"]]
 
 
 def test_one_profile_of_all_plugins_takes_what_was_configured_and_nothing_that_was_added() -> None:

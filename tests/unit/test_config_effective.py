@@ -29,9 +29,7 @@ featureGates:
 - flowControl=false
 - haPopulateNonLeaderDatastore=true
 plugins:
-- type: queue-scorer
-- type: kv-cache-utilization-scorer
-- type: prefix-cache-scorer
+- type: cost-aware-scorer
 - type: max-score-picker
 - type: single-profile-handler
 - type: utilization-detector
@@ -40,12 +38,8 @@ plugins:
 schedulingProfiles:
 - name: default
   plugins:
-  - pluginRef: queue-scorer
-    weight: 2
-  - pluginRef: kv-cache-utilization-scorer
-    weight: 2
-  - pluginRef: prefix-cache-scorer
-    weight: 3
+  - pluginRef: cost-aware-scorer
+    weight: 1
   - pluginRef: max-score-picker
 dataLayer:
   injectDefaults: true

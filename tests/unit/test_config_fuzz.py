@@ -7,6 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from epp.config.defaults import NAMED_PROFILES
 from epp.config.document import parse
 from epp.config.effective import to_yaml
 from epp.config.load import load, resolve_defaults
@@ -23,7 +24,7 @@ SCALARS = (
     | st.sampled_from(["1Gi", "5k", "60s", "-1s", "flowControl", "flowControl=true", "dataLayer", "llm-d.ai/v1alpha1", "1e99999999999"])
 )
 FIELDS = [
-    "apiVersion", "kind", "featureGates", "plugins", "schedulingProfiles", "dataLayer", "flowControl", "requestHandler",
+    "apiVersion", "kind", "featureGates", "profile", "plugins", "schedulingProfiles", "dataLayer", "flowControl", "requestHandler",
     "saturationDetector", "parser", "name", "type", "parameters", "size", "pluginRef", "weight", "sources", "extractors", "discovery",
     "peerDiscovery", "crossReplicaSyncerPluginRef", "crossReplicaSyncInterval", "injectDefaults", "parsers", "maxBytes", "maxRequests",
     "defaultRequestTTL", "noEndpointRequestTTL", "defaultPriorityBand", "defaultNegativePriorityBand", "priorityBands", "priority",
@@ -43,6 +44,7 @@ SHAPED = st.fixed_dictionaries(
     {"apiVersion": st.just("llm-d.ai/v1alpha1"), "kind": st.just("EndpointPickerConfig")},
     optional={
         "featureGates": st.lists(SCALARS, max_size=3),
+        "profile": st.sampled_from([*NAMED_PROFILES, "", None]) | SCALARS,
         "plugins": st.lists(st.fixed_dictionaries({"type": st.sampled_from(sorted(ROLES)), "name": NAMES}), max_size=4) | st.lists(ANY),
         "schedulingProfiles": st.lists(st.fixed_dictionaries({"name": NAMES}, optional={"plugins": st.lists(REF)}), max_size=2),
         "dataLayer": st.fixed_dictionaries(

@@ -1,5 +1,6 @@
 """EndpointPickerConfig text in, configuration or every fault out."""
 
+import msgspec
 import pytest
 
 from epp.config.load import FEATURE_GATES, default_config, load, resolve_defaults
@@ -38,7 +39,9 @@ schedulingProfiles:
 def test_json_and_the_deprecated_version_are_accepted() -> None:
     config = loaded('{"apiVersion": "inference.networking.x-k8s.io/v1alpha1", "kind": "EndpointPickerConfig", "plugins": null}')
     assert config.api_version == "inference.networking.x-k8s.io/v1alpha1"
-    assert config.plugins == ()
+    assert config == msgspec.structs.replace(
+        loaded(HEAD), api_version="inference.networking.x-k8s.io/v1alpha1", warnings=config.warnings
+    ), "as if nothing but the head were written"
     assert config.warnings == ("apiVersion: inference.networking.x-k8s.io/v1alpha1 is deprecated; write llm-d.ai/v1alpha1",)
 
 
@@ -50,9 +53,7 @@ def test_no_configuration_is_the_default_one(text: str) -> None:
 def test_the_default_configuration() -> None:
     config = resolve_defaults(default_config(), Shelf())
     assert [(p.plugin_ref, p.weight) for p in config.scheduling_profiles[0].plugins] == [
-        ("queue-scorer", 2.0),
-        ("kv-cache-utilization-scorer", 2.0),
-        ("prefix-cache-scorer", 3.0),
+        ("cost-aware-scorer", 1.0),
         ("max-score-picker", 1.0),
     ]
     assert config.scheduling_profiles[0].name == "default"
@@ -90,7 +91,7 @@ schedulingProfiles:
 """
     )
     assert found == [
-        "color: unknown field; known: apiVersion, dataLayer, featureGates, flowControl, kind, parser, plugins, requestHandler, saturationDetector, schedulingProfiles",
+        "color: unknown field; known: apiVersion, dataLayer, featureGates, flowControl, kind, parser, plugins, profile, requestHandler, saturationDetector, schedulingProfiles",
         "apiVersion: 'v2' is not llm-d.ai/v1alpha1 or inference.networking.x-k8s.io/v1alpha1",
         "kind: 'Config' is not EndpointPickerConfig",
         "featureGates[0]: flowControl must be true or false, not 'maybe'",

@@ -19,7 +19,7 @@ from epp.decisions import EVERY_S, Decisions
 from epp.errors import StartError
 from epp.plugins.base import Plugin
 from epp.types import Endpoint, LLMRequest
-from tests.builders import PATH, Core, chat, core
+from tests.builders import LLM_D, PATH, Core, chat, core
 
 HEAD = "apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\n"
 SECRET = "xyzzy-opensesame"
@@ -132,7 +132,7 @@ async def test_a_wrong_method_is_a_405() -> None:
 
 
 async def test_endpoints_with_what_is_known_of_them() -> None:
-    world = core(2)
+    world = core(2, config=LLM_D)
     world.datastore.record_reading(
         world.endpoint(2),
         Reading(waiting=2, running=3, kv_usage=0.25, attributes={"GPUUtilization": 0.5}),

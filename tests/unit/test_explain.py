@@ -23,7 +23,7 @@ from epp.explain import render
 from epp.outliers import EJECT_S
 from epp.plugins.base import Plugin
 from epp.types import Address, Endpoint, EndpointSpec, LLMRequest
-from tests.builders import PATH, Core, chat, core
+from tests.builders import LLM_D, PATH, Core, chat, core
 
 HEAD = "apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\n"
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
@@ -110,10 +110,10 @@ def state_of(world: Core) -> object:
 # The answer
 
 
-@pytest.mark.parametrize("config", ["", "optimized-baseline", "pd-disaggregation", "e2e-pd-topology"])
+@pytest.mark.parametrize("config", ["", LLM_D, "optimized-baseline", "pd-disaggregation", "e2e-pd-topology"])
 @pytest.mark.parametrize("seed", range(12))
 def test_the_winner_is_whom_the_request_then_goes_to(config: str, seed: int) -> None:
-    world = busy((CONFIGS / f"{config}.yaml").read_text() if config else "", seed)
+    world = busy(config if config in ("", LLM_D) else (CONFIGS / f"{config}.yaml").read_text(), seed)
     for prompt in (f"{seed % 3} {LONG}", "something new", LONG):
         before = state_of(world)
         told = world.director.explain(request_of(), chat(prompt), None)
@@ -136,7 +136,7 @@ def test_the_winner_is_whom_the_request_then_goes_to(config: str, seed: int) -> 
 
 
 async def test_what_it_says_over_http_and_that_nothing_is_charged_or_counted() -> None:
-    world = core(2)
+    world = core(2, config=LLM_D)
     world.read(1, waiting=2.0, kv_usage=0.5)
     world.read(2, waiting=0.0, kv_usage=0.5)
     async with console(world) as page:

@@ -159,8 +159,9 @@ def test_the_default_configuration_printed_is_a_configuration(monkeypatch: pytes
     document = yaml.safe_load(ran.out)
     (profile,) = document["schedulingProfiles"]
     assert [(each["pluginRef"], each.get("weight")) for each in profile["plugins"]] == [
-        ("queue-scorer", 2), ("kv-cache-utilization-scorer", 2), ("prefix-cache-scorer", 3), ("max-score-picker", None),
-    ]  # fmt: skip
+        ("cost-aware-scorer", 1),
+        ("max-score-picker", None),
+    ]
     assert "approx-prefix-cache-producer" in [each["type"] for each in document["plugins"]], "what is added by itself is shown"
     same_again(ran.out, monkeypatch, capsys)
 

@@ -11,7 +11,7 @@ from epp.datastore import Datastore
 from epp.exchange import Exchange
 from epp.outliers import EJECT_MAX_S, EJECT_S, FAILURES_MAX, PROBE_S, Outliers
 from epp.types import Endpoint, LLMRequest
-from tests.builders import PATH, chat, core, spec
+from tests.builders import LLM_D, PATH, chat, core, spec
 
 
 class Pool:
@@ -193,7 +193,7 @@ def test_what_is_told(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_only_one_request_tries_a_half_open_endpoint() -> None:
-    world = core(2)
+    world = core(2, config=LLM_D)
     world.outliers.failed(world.endpoint(1), "connection failed", certain=True)
     world.clock.advance(EJECT_S)
     world.outliers.tick()

@@ -27,7 +27,7 @@ from epp.scheduling.build import build
 from epp.scheduling.load_scores import Weighted
 from epp.scheduling.pipeline import Profile, Scheduler
 from epp.types import Endpoint, LLMRequest, PrefixMatch, Snapshot
-from tests.builders import core, llm_request, pool_of, spec
+from tests.builders import LLM_D, core, llm_request, pool_of, spec
 
 
 class Says(Plugin):
@@ -162,7 +162,7 @@ def test_ties_are_broken_evenly_and_the_best_wins() -> None:
 
 def test_producers_run_first_and_hooks_are_told_of_the_pick() -> None:
     registry = Registry()
-    built = build(load("", source="t", catalogue=registry), registry, random.Random(1), VirtualClock())
+    built = build(load(LLM_D, source="t", catalogue=registry), registry, random.Random(1), VirtualClock())
     candidates = Snapshot.of(pool_of({}, {}))
     request = llm_request(prompt=bytes(4096), prompt_tokens=1024, target_model="m")
     decision = built.scheduler.schedule(request, candidates)

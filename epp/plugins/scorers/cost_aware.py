@@ -30,7 +30,7 @@ class CostAwareScorer(Plugin):
     """1 / (1 + cost), with cost in seconds = wait + own x (1 + harm x decoding + crowding x waiting) + spread x overhead x decoding + room
 
     wait: until the prompts sent there before are through. own: of the prompt's tokens not cached there and their attention to all before
-    them. decoding, waiting: requests there that have their first token, or not yet. harm is what a second of prefill costs each that
+    them. decoding, waiting: requests there that have their first token, or not yet; /metrics tell of those that others sent. harm is what a second of prefill costs each that
     decodes; crowding keeps long prompts from where many short ones go; spread is what one more neighbour costs, in prompt overheads. room:
     beyond the wait, until the KV cache has room, and a slot is free for the LoRA adapter; plus loading it. All learned from first-token
     times; before anything is known, 10 000 tokens a second. Meant to decide alone, with max-score-picker.
@@ -40,7 +40,7 @@ class CostAwareScorer(Plugin):
     per_request: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("prefix-match",)
 
-    harm: Annotated[float, msgspec.Meta(ge=0)] = 0.08
+    harm: Annotated[float, msgspec.Meta(ge=0)] = 0.09
     crowding: Annotated[float, msgspec.Meta(ge=0)] = 0.5
     spread: Annotated[float, msgspec.Meta(ge=0)] = 0.5
     prefix_match_info_producer_name: str = ""
@@ -141,24 +141,25 @@ def _in_turn(ask: _Ask, model: CostModel, chosen: Sequence[Lane]) -> list[float]
     """The formula, endpoint by endpoint: 0.3 µs each."""
     prompt, cached_tokens, adapter_s, now_s, spread_s = ask
     once_s, by_tokens_s, by_pairs_s, by_context_s = model.once_s, model.by_tokens_s, model.by_pairs_s, model.by_context_s
-    missing_s = by_tokens_s + by_pairs_s * (prompt / 2)
-    scores = []
-    for position, lane in enumerate(chosen):
+    cached_at = cached_tokens.get
+    scores: list[float] = []
+    parts: dict[int | None, tuple[int, float, float]] = {}
+    """Cached tokens -> tokens to be computed, their seconds, and more for each token of context: often the same of many endpoints."""
+    for lane in chosen:
         ends_s, overdue_s, missed_s, wait_s, burden, context, decoding, used, room, decode_s = lane.row
         left_s = (missed_s if overdue_s < now_s else ends_s) - now_s
         if left_s > 0.0:
             wait_s += left_s
-        cached = cached_tokens.get(lane.slot, 0)
-        if cached:
-            tokens = max(1, prompt - cached)
-            own_s = once_s + tokens * (by_tokens_s + by_pairs_s * (prompt - tokens / 2) + by_context_s * context)
-        else:
-            tokens = prompt
-            own_s = once_s + tokens * (missing_s + by_context_s * context)
-        cost_s = wait_s + own_s * burden + spread_s * decoding
+        cached = cached_at(lane.slot)
+        part = parts.get(cached)
+        if part is None:
+            tokens = max(1, prompt - (cached or 0))
+            part = parts[cached] = tokens, once_s + tokens * (by_tokens_s + by_pairs_s * (prompt - tokens / 2)), tokens * by_context_s
+        tokens, own_s, by_context = part
+        cost_s = wait_s + (own_s + by_context * context) * burden + spread_s * decoding
         until_s = (tokens - room) / used * decode_s if tokens > room else 0.0
         if adapter_s is not None:
-            slot_s, load_s = adapter_s[position]
+            slot_s, load_s = adapter_s[len(scores)]
             until_s = max(until_s, slot_s)
             cost_s += load_s
         if until_s > wait_s:
