@@ -32,8 +32,12 @@ fuzz: $(VENV)/.dev ## a million inputs for the codec, the session, the parsers a
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[fuzz]' || echo "no atheris for this Python: fuzzing without coverage guidance"
 	$(BIN)/python -m tests.fuzz.run --inputs 1000000
 
-bench: $(VENV)/.dev
-	$(BIN)/python -m bench overhead
+bench: $(VENV)/.dev ## a selection of the measurements in bench/, three minutes
+	$(BIN)/python -m bench overhead --quick
+	$(BIN)/python -m bench decide --endpoints 16,1000 --prompt-tokens 1000,32000
+	$(BIN)/python -m bench scrape --endpoints 100
+	$(BIN)/python -m bench replay --scenario shared-prompts,agents,hot-prefix,lora,replica-loss \
+	  --policies cost-aware,llm-d,lmetric,lpwl,aibrix,round-robin --seeds 2
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

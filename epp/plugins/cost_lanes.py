@@ -74,9 +74,11 @@ class Columns(NamedTuple):
 class Work:
     """One prompt on its way through an endpoint."""
 
-    __slots__ = ("adapter", "context", "done", "loads", "miss_s", "pairs", "prompt", "seconds", "sent_s", "tokens")
+    __slots__ = ("adapter", "context", "done", "loads", "miss_s", "pairs", "prompt", "seconds", "sent_s", "streamed", "tokens")
 
-    def __init__(self, prompt: int, cached: int, lane: Lane, model: CostModel, *, adapter: str, load_s: float, sent_s: float) -> None:
+    def __init__(
+        self, prompt: int, cached: int, lane: Lane, model: CostModel, *, streamed: bool, adapter: str, load_s: float, sent_s: float
+    ) -> None:
         self.prompt = prompt
         self.tokens = max(1, prompt - cached)
         """To be computed."""
@@ -90,6 +92,8 @@ class Work:
         self.miss_s = model.prefill_s(prompt, prompt * prompt / 2, lane.context) * lane.slowness + load_s
         """If nothing of it is cached."""
         self.sent_s = sent_s
+        self.streamed = streamed
+        """Its first token will be seen."""
         self.done = False
 
 
@@ -97,8 +101,8 @@ class Lane:
     """One endpoint: its prompts in order, and what was learned of it."""
 
     __slots__ = (
-        "adapters", "context", "decode_s", "endpoint", "last_s", "loaded", "named", "others", "others_waiting", "pending_s", "predicted_s", "queue", "read_s", "requests", "row", "slot", "slowness",
-        "took_s",
+        "adapters", "context", "decode_s", "endpoint", "last_s", "loaded", "named", "others", "others_waiting", "pending_s", "predicted_s",
+        "queue", "read_s", "requests", "row", "slot", "slowness", "took_s",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -181,6 +185,15 @@ class Lane:
             self.pending_s = 0.0
         self.last_s = now_s
 
+    def settle(self, now_s: float) -> None:
+        """Nobody tells when the prompt of an answer that comes whole is through: it is taken to be when it should be."""
+        while self.queue and not self.queue[0].streamed:
+            head = self.queue[0]
+            ends_s = max(self.last_s, head.sent_s) + head.seconds
+            if ends_s > now_s:
+                break
+            self.through(head, ends_s)
+
     def leave(self, work: Work) -> None:
         """Its request is over."""
         self.requests -= 1
@@ -223,7 +236,7 @@ class Lanes:
         """Slots whose row is not in the columns."""
         self._values = np.zeros((len(Columns._fields), SLOTS_START))
 
-    def now(self, endpoints: Sequence[Endpoint]) -> list[Lane]:
+    def now(self, endpoints: Sequence[Endpoint], now_s: float) -> list[Lane]:
         """These endpoints' lanes, in order, their rows as things are now."""
         if self._of is not endpoints:
             self._chosen = [self.lane(endpoint) for endpoint in endpoints]
@@ -238,7 +251,7 @@ class Lanes:
             for slot in self._touched:
                 lane = self.by_slot.get(slot)
                 if lane is not None:
-                    lane.row = self._row(lane)
+                    lane.row = self._row(lane, now_s)
             self._unwritten |= self._touched
             self._touched.clear()
         return self._chosen
@@ -269,12 +282,12 @@ class Lanes:
             self._touched.add(slot)
         return lane
 
-    def send(self, endpoint: Endpoint, prompt: int, cached: int, model_name: str, now_s: float) -> tuple[Lane, Work]:
+    def send(self, endpoint: Endpoint, prompt: int, cached: int, model_name: str, now_s: float, *, streamed: bool) -> tuple[Lane, Work]:
         """A request went there."""
         lane = self._touch(self.lane(endpoint))
         adapter = model_name if model_name in self.adapters else ""
         load_s = self.load_s if adapter and adapter not in lane.loaded else 0.0
-        work = Work(prompt, cached, lane, self.model, adapter=adapter, load_s=load_s, sent_s=now_s)
+        work = Work(prompt, cached, lane, self.model, streamed=streamed, adapter=adapter, load_s=load_s, sent_s=now_s)
         lane.add(work)
         self.mean_s += MEAN_WEIGHT * (work.seconds - self.mean_s)
         return lane, work
@@ -325,10 +338,12 @@ class Lanes:
         ratio = lane.took_s / lane.predicted_s
         lane.slowness = 1.0 if 1 / ALIKE < ratio < ALIKE else min(SLOWNESS_MAX, max(1 / SLOWNESS_MAX, ratio))
 
-    def _row(self, lane: Lane) -> Row:
+    def _row(self, lane: Lane, now_s: float) -> Row:
         queue, endpoint = lane.queue, lane.endpoint
         if endpoint.scraped_at_s != lane.read_s:
             lane.look()
+        if queue and not queue[0].streamed:
+            lane.settle(now_s)
         ends_s = missed_s = queued_s = 0.0
         overdue_s = inf
         if queue:

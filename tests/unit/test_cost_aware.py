@@ -33,10 +33,10 @@ def world(count: int) -> tuple[Core, CostAwareScorer]:
     return made, scorer
 
 
-def route(pool: Core, tokens: int, *, text: int = 0) -> Exchange:
+def route(pool: Core, tokens: int, *, text: int = 0, stream: bool = True) -> Exchange:
     request = LLMRequest(id="r", path=PATH, headers={})
     request.model = request.target_model = "m"
-    request.stream = True
+    request.stream = stream
     request.prompt = random.Random(text or next(FRESH)).randbytes(tokens * 4)
     request.prompt_tokens = tokens
     return pool.director.route(request, None, None, pool.clock.now_s())
@@ -153,6 +153,20 @@ def test_decoding_neighbours_count() -> None:
         if each.decision.endpoint.name == "pod-2":
             each.finish(complete=True)
     assert {route(pool, 500).decision.endpoint.name for _ in range(3)} >= {"pod-2"}
+
+
+def test_the_prompt_of_an_answer_that_comes_whole_is_through_when_it_should_be() -> None:
+    pool, scorer = world(1)
+    whole = route(pool, 10_000, stream=False)
+    route(pool, 20_000)
+    endpoint = whole.decision.endpoint
+    assert wait_s(pool, endpoint) == pytest.approx(3.0, abs=0.1)
+    pool.clock.advance(1.5)
+    pool.read(1, running=2, waiting=0)
+    assert wait_s(pool, endpoint) == pytest.approx(1.5, abs=0.1), "half a second of the second is done"
+    whole.finish(complete=True)
+    assert wait_s(pool, endpoint) == pytest.approx(1.5, abs=0.1), "its end says nothing of prompts"
+    assert lanes(scorer)[endpoint.slot].requests == 1
 
 
 # What it learns
@@ -378,7 +392,7 @@ def test_a_request_waits_for_a_slot_no_longer_than_it_has_to() -> None:
     model = CostModel()
     for adapter, requests in (("red", 3), ("green", 1)):
         for _ in range(requests):
-            lane.add(Work(10, 0, lane, model, adapter=adapter, load_s=0.0, sent_s=0.0))
+            lane.add(Work(10, 0, lane, model, streamed=True, adapter=adapter, load_s=0.0, sent_s=0.0))
     assert lane.slot_s("red") == 0.0
     # green ends after decode_s, red with the last of three after twice that: the first of both after two thirds of it
     assert lane.slot_s("blue") == pytest.approx(lane.decode_s / 1.5)

@@ -57,7 +57,7 @@ class CostAwareScorer(Plugin):
         lanes: Lanes = state["lanes"]
         model: CostModel = state["model"]
         now_s: float = state["clock"].now_s() if "clock" in state else 0.0
-        chosen = lanes.now(endpoints)
+        chosen = lanes.now(endpoints, now_s)
         match = match_of(request, self.prefix_match_info_producer_name)
         cached = match.matched_tokens if match is not None else {}
         adapter_s = self._adapter_s(request.target_model, chosen) if request.target_model in lanes.adapters else None
@@ -114,7 +114,8 @@ class CostAwareScorer(Plugin):
         cached = match.matched_tokens.get(endpoint.slot, 0) if match is not None else 0
         state = self.__dict__
         lanes: Lanes = state["lanes"]
-        request.attributes[KEY] = lanes.send(endpoint, request.prompt_tokens, cached, request.target_model, state["clock"].now_s())
+        now_s: float = state["clock"].now_s()
+        request.attributes[KEY] = lanes.send(endpoint, request.prompt_tokens, cached, request.target_model, now_s, streamed=request.stream)
 
     def _over(self, request: LLMRequest) -> Lane | None:
         found = request.attributes.pop(KEY, None)
