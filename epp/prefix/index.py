@@ -11,7 +11,7 @@ Bounded per endpoint by blocks (memory) and, where the size of the engine's KV c
 the endpoint was sent as much as its cache holds is taken for evicted, as engines evict the least recently used. `GENERATIONS` say how
 fine that is. What leaves is dropped a little with every prompt recorded, and in slices of `SLICE_BLOCKS` by `tick`, so no call stalls the loop.
 
-Cost: lookup O(distinct lengths x log blocks); record O(log blocks + new blocks), about 0.35 µs a new block. About 250 bytes a block.
+Cost: lookup O(distinct lengths x log blocks); record O(log blocks + new blocks), about 0.25 µs a new block. About 200 bytes a block.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ OUTLIVES = 1.2
 
 
 class _Generation:
-    """Blocks that were last sent at about the same time: an ordered set of hashes, parents before children."""
+    """Blocks that were last sent at about the same time: their hashes, parents before children."""
 
     __slots__ = ("blocks", "live_blocks", "live_tokens", "number")
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.blocks: dict[int, None] = {}
+        self.blocks: list[int] = []
         self.live_blocks = 0
         """Those not sent again since."""
         self.live_tokens = 0
@@ -175,28 +175,37 @@ class PrefixIndex:
         """The blocks from `low` on are in the young generation now."""
         latest, young, masks, generations = held.latest, held.young, self._masks, held.generations
         number, oldest = young.number, generations[0].number
-        before = cumulative_tokens[low - 1] if low else 0
-        first_tokens, blocks = before, 0
-        for block, tokens in zip(hashes[low:], cumulative_tokens[low:], strict=False):
-            was_in = latest.get(block)
-            if was_in is None:
-                masks[block] = masks.get(block, 0) | bit
-                blocks += 1
-            elif was_in < oldest:
-                blocks += 1
+        known, count = low, len(hashes)
+        high = count
+        while known < high:  # what it ever had is prefix-closed as well: from here on all is new to it
+            middle = (known + high) >> 1
+            if hashes[middle] in latest:
+                known = middle + 1
             else:
+                high = middle
+        before = first_tokens = cumulative_tokens[low - 1] if low else 0
+        moved, live_tokens = 0, 0
+        for position in range(low, known):
+            block, tokens = hashes[position], cumulative_tokens[position]
+            was_in = latest[block]
+            if was_in >= oldest:  # else it is being dropped
                 generation = generations[was_in - oldest]
                 generation.live_blocks -= 1
                 generation.live_tokens -= tokens - before
-                first_tokens += tokens - before
+                moved += 1
+                live_tokens += tokens - before
             latest[block] = number
             before = tokens
-        count = len(hashes) - low
-        young.blocks.update(dict.fromkeys(hashes[low:]))
-        young.live_blocks += count
-        young.live_tokens += before - (cumulative_tokens[low - 1] if low else 0)
-        held.live_blocks += blocks
-        held.live_tokens += before - first_tokens
+        new = hashes[known:]
+        for block in new:
+            masks[block] = masks.get(block, 0) | bit
+        latest.update(dict.fromkeys(new, number))
+        young.blocks.extend(hashes[low:])
+        entered_tokens = cumulative_tokens[count - 1] - first_tokens
+        young.live_blocks += count - low
+        young.live_tokens += entered_tokens
+        held.live_blocks += count - low - moved
+        held.live_tokens += entered_tokens - live_tokens
 
     def set_capacity_tokens(self, slot: int, tokens: int) -> None:
         """The engine's KV cache holds this many tokens (0: unknown): remember about as much, not more."""
@@ -264,10 +273,11 @@ class PrefixIndex:
         latest, masks, bit, dropped = held.latest, self._masks, 1 << slot, 0
         while held.dropping and dropped < budget:
             generation = held.dropping[0]
-            take, number = generation.blocks.popitem, generation.number
+            number = generation.number
             count = min(budget - dropped, len(generation.blocks))
-            for _ in range(count):
-                block, _none = take()
+            leaving = generation.blocks[-count:]
+            del generation.blocks[-count:]
+            for block in reversed(leaving):
                 if latest[block] == number:
                     del latest[block]
                     mask = masks[block]

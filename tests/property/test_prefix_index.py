@@ -147,7 +147,7 @@ class IndexMachine(RuleBasedStateMachine):
             living = [block for block, latest in held.latest.items() if latest == generation.number]
             assert generation.live_blocks == len(living)
             assert generation.live_tokens == BLOCK_TOKENS * len(living)
-            assert set(living) <= generation.blocks.keys()
+            assert set(living) <= set(generation.blocks)
         assert held.live_blocks == sum(generation.live_blocks for generation in held.generations)
         assert held.live_tokens == BLOCK_TOKENS * held.live_blocks
         if held.capacity_tokens and len(held.generations) > 1:

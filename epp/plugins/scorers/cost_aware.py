@@ -62,7 +62,7 @@ class CostAwareScorer(Plugin):
         cached = match.matched_tokens if match is not None else {}
         adapter_s = self._adapter_s(request.target_model, chosen) if request.target_model in lanes.adapters else None
         ask = _Ask(request.prompt_tokens, cached, adapter_s, now_s, self.spread * model.once_s)
-        return _in_turn(ask, model, chosen) if len(chosen) <= LOOP_MAX else _at_once(ask, model, lanes)
+        return _in_turn(ask, model, chosen) if len(chosen) <= LOOP_MAX and not adapter_s else _at_once(ask, model, lanes)
 
     def picked(self, request: LLMRequest, decision: Decision) -> None:
         self._sent(request, decision.endpoint)
@@ -139,33 +139,26 @@ class _Ask(NamedTuple):
 
 
 def _in_turn(ask: _Ask, model: CostModel, chosen: Sequence[Lane]) -> list[float]:
-    """The formula, endpoint by endpoint: 0.3 µs each."""
-    prompt, cached_tokens, adapter_s, now_s, spread_s = ask
+    """The formula, endpoint by endpoint, where no adapter has to be loaded: 0.3 µs each."""
+    prompt, cached_tokens, _, now_s, spread_s = ask
     once_s, by_tokens_s, by_pairs_s, by_context_s = model.once_s, model.by_tokens_s, model.by_pairs_s, model.by_context_s
     cached_at = cached_tokens.get
     scores: list[float] = []
-    parts: dict[int | None, tuple[int, float, float]] = {}
-    """Cached tokens -> tokens to be computed, their seconds, and more for each token of context: often the same of many endpoints."""
+    cached = -1
     for lane in chosen:
-        ends_s, overdue_s, missed_s, wait_s, burden, context, decoding, used, room, decode_s = lane.row
-        left_s = (missed_s if overdue_s < now_s else ends_s) - now_s
-        if left_s > 0.0:
-            wait_s += left_s
-        cached = cached_at(lane.slot)
-        part = parts.get(cached)
-        if part is None:
-            tokens = max(1, prompt - (cached or 0))
-            part = parts[cached] = tokens, once_s + tokens * (by_tokens_s + by_pairs_s * (prompt - tokens / 2)), tokens * by_context_s
-        tokens, own_s, by_context = part
-        cost_s = wait_s + (own_s + by_context * context) * burden + spread_s * decoding
-        until_s = (tokens - room) / used * decode_s if tokens > room else 0.0
-        if adapter_s is not None:
-            slot_s, load_s = adapter_s[len(scores)]
-            until_s = max(until_s, slot_s)
-            cost_s += load_s
-        if until_s > wait_s:
-            cost_s += until_s - wait_s
-        scores.append(1.0 / (1.0 + cost_s))
+        ends_s, overdue_s, missed_s, cost_s, burden, context, decoding, used, room, decode_s = lane.row
+        if overdue_s < now_s:
+            ends_s = missed_s
+        if ends_s > now_s:
+            cost_s += ends_s - now_s
+        has = cached_at(lane.slot, 0)
+        if has != cached:  # often the same of one after the other
+            cached = has
+            tokens = max(1, prompt - cached)
+            own_s, by_context = once_s + tokens * (by_tokens_s + by_pairs_s * (prompt - tokens / 2)), tokens * by_context_s
+        if tokens > room:
+            cost_s = max(cost_s, (tokens - room) / used * decode_s)
+        scores.append(1.0 / (1.0 + cost_s + (own_s + by_context * context) * burden + spread_s * decoding))
     return scores
 
 
@@ -176,7 +169,7 @@ def _at_once(ask: _Ask, model: CostModel, lanes: Lanes) -> list[float]:
     wait_s = np.where(at.overdue_s < now_s, at.missed_s, at.ends_s) - now_s
     np.maximum(wait_s, 0.0, out=wait_s)
     wait_s += at.queued_s
-    tokens: float | Column = float(prompt)
+    tokens: float | Column = float(max(1, prompt))
     if cached_tokens:
         tokens = np.full(len(wait_s), tokens)
         cells: Any = tokens.data  # a tenth of what numpy takes to write one number
