@@ -31,8 +31,8 @@ ALIKE, SLOWNESS_MAX = 1.3, 20.0
 DECODE_START_S, DECODE_WEIGHT = 5.0, 0.05
 LOAD_START_S, LOAD_WEIGHT, LOAD_MAX_S = 0.2, 0.1, 60.0
 """What loading a LoRA adapter is taken to take."""
-READ_WEIGHT = 0.2
-"""Of a new reading in what others have there: engines' gauges lag behind by a step or two."""
+AVERAGED_S, OTHERS_MIN = 0.25, 0.5
+"""What others have there is an average over readings of so long, for engines' gauges lag behind by a step or two; less than that is none."""
 MEAN_START_S, MEAN_WEIGHT = 0.1, 0.05
 """Of work, in the pool: what one of the others' prompts is taken to take."""
 ADAPTERS_MAX = 10_000
@@ -136,7 +136,7 @@ class Lane:
     def look(self) -> None:
         """Compare a new reading with what we know of. Before each change to it, so that both are of the same moment."""
         endpoint = self.endpoint
-        weight = READ_WEIGHT if self.read_s > -inf else 1.0
+        weight = min(1.0, (endpoint.scraped_at_s - self.read_s) / AVERAGED_S)
         self.read_s = endpoint.scraped_at_s
         unread = endpoint.sent_requests
         self.others += weight * (endpoint.waiting + endpoint.running - max(0, self.requests - unread) - self.others)
@@ -355,7 +355,7 @@ class Lanes:
             queued_s = max(lane.pending_s - head.seconds, 0.0)
         decoding, waiting = float(lane.requests - len(queue)), float(len(queue))
         others = lane.others * endpoint.trusted
-        if others > 0.0:
+        if others > OTHERS_MIN:
             others_waiting = min(others, max(0.0, lane.others_waiting * endpoint.trusted))
             waiting += others_waiting
             queued_s += others_waiting * self.mean_s

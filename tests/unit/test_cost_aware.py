@@ -245,7 +245,7 @@ def by_hand(scorer: CostAwareScorer, request: LLMRequest, endpoint: Endpoint, no
         took_s = now_s - max(lane.last_s, head.sent_s)
         waited_s = max(0.0, (head.seconds if took_s <= 1.5 * head.seconds else head.miss_s) - took_s) + sum(work.seconds for work in others)
     decoding, waiting = float(lane.requests - len(lane.queue)), float(len(lane.queue))
-    if lane.others > 0:
+    if lane.others > cost_lanes.OTHERS_MIN:
         theirs = min(lane.others, max(0.0, lane.others_waiting))
         found: Lanes = scorer.__dict__["lanes"]
         waited_s, waiting, decoding = waited_s + theirs * found.mean_s, waiting + theirs, decoding + lane.others - theirs
@@ -323,6 +323,22 @@ def test_a_long_queue_of_others_is_worth_a_prefix() -> None:
         pool.read(3 - number, running=0, waiting=0)
         route(pool, 10).finish(complete=True)
     assert route(pool, 8_000, text=7).decision.endpoint is not holder.decision.endpoint
+
+
+def test_others_that_have_left_leave_nothing_behind() -> None:
+    """Not a trace that would decide between endpoints that are idle alike."""
+    pool, _ = world(2)
+    pool.read(1, running=4, waiting=2)
+    pool.read(2, running=0, waiting=0)
+    route(pool, 100).finish(complete=True)
+    pool.clock.advance(1.0)
+    pool.read(1, running=0, waiting=0)
+    chosen = []
+    for _ in range(12):
+        exchange = route(pool, 1_000)
+        chosen.append(exchange.decision.endpoint.name)
+        exchange.finish(complete=True)
+    assert set(chosen) == {"pod-1", "pod-2"}
 
 
 @pytest.mark.parametrize("seed", range(5))
