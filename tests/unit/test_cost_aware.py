@@ -59,7 +59,7 @@ def wait_s(pool: Core, endpoint: Endpoint) -> float:
     request = LLMRequest(id="r", path=PATH, headers={})
     request.prompt_tokens = 1
     (score,) = scorer.score(request, (endpoint,))
-    return 1 / score - 1
+    return (1 / score - 1) / (1 + scorer.doubt)
 
 
 # The model
@@ -225,8 +225,8 @@ def test_the_formula_by_hand() -> None:
     request = LLMRequest(id="r", path=PATH, headers={})
     request.prompt_tokens = 2_000
     request.prefix = PrefixMatch([1], [1_500], 2_000, {one.slot: 1_500})
-    # pod-1: wait 1 s + own 500 x 100 us x (1 + 0.5 x 1) = 1.075 s; pod-2: own 2 000 x 100 us x (1 + 0.09 x 2) = 0.236 s
-    assert scorer.score(request, (one, two)) == pytest.approx([1 / 2.075, 1 / 1.236])
+    # pod-1: wait 1 s x (1 + 0.6) + own 500 x 100 us x (1 + 0.5 x 1) = 1.675 s; pod-2: own 2 000 x 100 us x (1 + 0.09 x 2) = 0.236 s
+    assert scorer.score(request, (one, two)) == pytest.approx([1 / 2.675, 1 / 1.236])
 
 
 # In columns
@@ -249,10 +249,11 @@ def by_hand(scorer: CostAwareScorer, request: LLMRequest, endpoint: Endpoint, no
         theirs = min(lane.others, max(0.0, lane.others_waiting))
         found: Lanes = scorer.__dict__["lanes"]
         waited_s, waiting, decoding = waited_s + theirs * found.mean_s, waiting + theirs, decoding + lane.others - theirs
-    cost_s = waited_s + own_s * (1 + scorer.harm * decoding + scorer.crowding * waiting) + scorer.spread * model.once_s * decoding
     if endpoint.kv_capacity_tokens:
         used = lane.kv_used()
-        cost_s += max(0.0, max(0.0, used + tokens - endpoint.kv_capacity_tokens) / used * lane.decode_s - waited_s)
+        waited_s = max(waited_s, (used + tokens - endpoint.kv_capacity_tokens) / used * lane.decode_s)
+    cost_s = waited_s * (1 + scorer.doubt) + own_s * (1 + scorer.harm * decoding + scorer.crowding * waiting)
+    cost_s += scorer.spread * model.once_s * decoding
     return 1 / (1 + cost_s)
 
 

@@ -27,13 +27,15 @@ LOOP_MAX = 40
 
 
 class CostAwareScorer(Plugin):
-    """1 / (1 + cost), with cost in seconds = wait + own x (1 + harm x decoding + crowding x waiting) + spread x overhead x decoding + room
+    """1 / (1 + cost), with cost in seconds =
+    wait x (1 + doubt) + own x (1 + harm x decoding + crowding x waiting) + spread x overhead x decoding + loading
 
-    wait: until the prompts sent there before are through. own: of the prompt's tokens not cached there and their attention to all before
-    them. decoding, waiting: requests there that have their first token, or not yet; /metrics tell of those that others sent. harm is what a second of prefill costs each that
-    decodes; crowding keeps long prompts from where many short ones go; spread is what one more neighbour costs, in prompt overheads. room:
-    beyond the wait, until the KV cache has room, and a slot is free for the LoRA adapter; plus loading it. All learned from first-token
-    times; before anything is known, 10 000 tokens a second. Meant to decide alone, with max-score-picker.
+    wait: until the prompts sent there before are through, or, where that is longer, until the KV cache has room and a slot is free for the
+    LoRA adapter. It comes out longer than predicted, for not all that was taken for cached is: doubt. own: of the prompt's tokens not cached
+    there and their attention to all before them. decoding, waiting: requests there that have their first token, or not yet; /metrics tell of
+    those that others sent. harm is what a second of prefill costs each that decodes; crowding keeps long prompts from where many short ones
+    go; spread is what one more neighbour costs, in prompt overheads. loading: of the adapter. All learned from first-token times; before
+    anything is known, 10 000 tokens a second. Meant to decide alone, with max-score-picker.
     """
 
     type: ClassVar[str] = "cost-aware-scorer"
@@ -43,6 +45,7 @@ class CostAwareScorer(Plugin):
     harm: Annotated[float, msgspec.Meta(ge=0)] = 0.09
     crowding: Annotated[float, msgspec.Meta(ge=0)] = 0.5
     spread: Annotated[float, msgspec.Meta(ge=0)] = 0.5
+    doubt: Annotated[float, msgspec.Meta(ge=0)] = 0.6
     prefix_match_info_producer_name: str = ""
 
     def __post_init__(self) -> None:
@@ -61,7 +64,7 @@ class CostAwareScorer(Plugin):
         match = match_of(request, self.prefix_match_info_producer_name)
         cached = match.matched_tokens if match is not None else {}
         adapter_s = self._adapter_s(request.target_model, chosen) if request.target_model in lanes.adapters else None
-        ask = _Ask(request.prompt_tokens, cached, adapter_s, now_s, self.spread * model.once_s)
+        ask = _Ask(request.prompt_tokens, cached, adapter_s, now_s, self.spread * model.once_s, 1.0 + self.doubt)
         return _in_turn(ask, model, chosen) if len(chosen) <= LOOP_MAX and not adapter_s else _at_once(ask, model, lanes)
 
     def picked(self, request: LLMRequest, decision: Decision) -> None:
@@ -136,35 +139,37 @@ class _Ask(NamedTuple):
     now_s: float
     spread_s: float
     """For each that decodes."""
+    weight: float
+    """Of the wait."""
 
 
 def _in_turn(ask: _Ask, model: CostModel, chosen: Sequence[Lane]) -> list[float]:
     """The formula, endpoint by endpoint, where no adapter has to be loaded: 0.3 µs each."""
-    prompt, cached_tokens, _, now_s, spread_s = ask
+    prompt, cached_tokens, _, now_s, spread_s, weight = ask
     once_s, by_tokens_s, by_pairs_s, by_context_s = model.once_s, model.by_tokens_s, model.by_pairs_s, model.by_context_s
     cached_at = cached_tokens.get
     scores: list[float] = []
     cached = -1
     for lane in chosen:
-        ends_s, overdue_s, missed_s, cost_s, burden, context, decoding, used, room, decode_s = lane.row
+        ends_s, overdue_s, missed_s, wait_s, burden, context, decoding, used, room, decode_s = lane.row
         if overdue_s < now_s:
             ends_s = missed_s
         if ends_s > now_s:
-            cost_s += ends_s - now_s
+            wait_s += ends_s - now_s
         has = cached_at(lane.slot, 0)
         if has != cached:  # often the same of one after the other
             cached = has
             tokens = max(1, prompt - cached)
             own_s, by_context = once_s + tokens * (by_tokens_s + by_pairs_s * (prompt - tokens / 2)), tokens * by_context_s
         if tokens > room:
-            cost_s = max(cost_s, (tokens - room) / used * decode_s)
-        scores.append(1.0 / (1.0 + cost_s + (own_s + by_context * context) * burden + spread_s * decoding))
+            wait_s = max(wait_s, (tokens - room) / used * decode_s)
+        scores.append(1.0 / (1.0 + weight * wait_s + (own_s + by_context * context) * burden + spread_s * decoding))
     return scores
 
 
 def _at_once(ask: _Ask, model: CostModel, lanes: Lanes) -> list[float]:
     """The same for all of them, operation by operation."""
-    prompt, cached_tokens, adapter_s, now_s, spread_s = ask
+    prompt, cached_tokens, adapter_s, now_s, spread_s, weight = ask
     at = lanes.columns()
     wait_s = np.where(at.overdue_s < now_s, at.missed_s, at.ends_s) - now_s
     np.maximum(wait_s, 0.0, out=wait_s)
@@ -181,15 +186,14 @@ def _at_once(ask: _Ask, model: CostModel, lanes: Lanes) -> list[float]:
     cost_s = tokens * (model.by_tokens_s + model.by_pairs_s * (prompt - tokens / 2) + model.by_context_s * at.context)
     cost_s += model.once_s
     cost_s *= at.burden
-    cost_s += wait_s
     cost_s += spread_s * at.decoding
-    until_s = np.maximum(tokens - at.room, 0.0) / at.used * at.decode_s
+    np.maximum(wait_s, (tokens - at.room) / at.used * at.decode_s, out=wait_s)
     if adapter_s is not None:
         slots_s, loads_s = np.array(adapter_s).T
-        np.maximum(until_s, slots_s, out=until_s)
+        np.maximum(wait_s, slots_s, out=wait_s)
         cost_s += loads_s
-    until_s -= wait_s
-    cost_s += np.maximum(until_s, 0.0)
+    wait_s *= weight
+    cost_s += wait_s
     cost_s += 1.0
     scores: list[float] = np.reciprocal(cost_s).tolist()
     return scores
