@@ -147,12 +147,13 @@ class Exchange:
         now_s = self._clock.now_s()
         if not self._first_s:
             self._first_s = now_s
-            if self.request.stream:  # a whole answer comes when all of it is decoded
+            answered = self._status < 400  # a refusal is no first token
+            if answered and self.request.stream:  # a whole answer comes when all of it is decoded
                 ticket.endpoint.capacity.first_token(self._work_tokens, now_s - self._sent_s)
             ticket.first_token()
             if self._work:
                 self._work_done()
-            if self._scheduler.first_token:
+            if answered and self._scheduler.first_token:
                 _tell(self._scheduler.first_token, self.request, ticket.endpoint, now_s - self._started_s)
         elif self.request.stream:
             self._series.streaming_itl_s.observe(now_s - self._last_s)

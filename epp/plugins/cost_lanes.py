@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from math import inf
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ Row = tuple[float, float, float, float, float, float, float, float, float, float
 
 
 class Columns(NamedTuple):
-    """Of each endpoint: work in front of its engine's prefill (the prompt at the head, those behind it), and load."""
+    """Of each endpoint: what its engine has to compute first (the prompt at the head, those behind it), and load."""
 
     ends_s: Column
     """When the head should be through."""
@@ -74,7 +75,7 @@ class Columns(NamedTuple):
 class Work:
     """One prompt on its way through an endpoint."""
 
-    __slots__ = ("adapter", "context", "done", "loads", "miss_s", "pairs", "prompt", "seconds", "sent_s", "streamed", "tokens")
+    __slots__ = ("adapter", "context", "done", "loads", "miss_s", "moved", "pairs", "prompt", "seconds", "sent_s", "streamed", "tokens")
 
     def __init__(
         self, prompt: int, cached: int, lane: Lane, model: CostModel, *, streamed: bool, adapter: str, load_s: float, sent_s: float
@@ -86,12 +87,14 @@ class Work:
         self.context = lane.context
         """Tokens decoding there when it was sent."""
         self.adapter = adapter
+        """If any; `loads`: it is not there yet."""
         self.loads = load_s > 0.0
-        """Its adapter is not there yet."""
         self.seconds = model.prefill_s(self.tokens, self.pairs, lane.context) * lane.slowness + load_s
         self.miss_s = model.prefill_s(prompt, prompt * prompt / 2, lane.context) * lane.slowness + load_s
         """If nothing of it is cached."""
         self.sent_s = sent_s
+        self.moved = False
+        """The gateway took it to another endpoint than we said, so that its place in the queue is not known."""
         self.streamed = streamed
         """Its first token will be seen."""
         self.done = False
@@ -102,14 +105,14 @@ class Lane:
 
     __slots__ = (
         "adapters", "context", "decode_s", "endpoint", "last_s", "loaded", "named", "others", "others_waiting", "pending_s", "predicted_s",
-        "queue", "read_s", "requests", "row", "slot", "slowness", "took_s",
+        "queue", "queued_tokens", "read_s", "requests", "row", "slot", "slowness", "took_s",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.slot = endpoint.slot
         self.queue: deque[Work] = deque()
-        self.pending_s = 0.0
+        self.pending_s, self.queued_tokens = 0.0, 0
         """Of all of `queue`."""
         self.last_s = 0.0
         """When a first token came last."""
@@ -146,9 +149,12 @@ class Lane:
         """Tokens its KV cache holds, and those that have no room there yet."""
         endpoint = self.endpoint
         used = endpoint.kv_usage * endpoint.trusted * endpoint.kv_capacity_tokens
-        unread = min(len(self.queue), int(endpoint.waiting) + endpoint.sent_requests)
-        for i in range(1, unread + 1):
-            used += self.queue[-i].tokens
+        queue = self.queue
+        unread = min(len(queue), int(endpoint.waiting) + endpoint.sent_requests)
+        if 2 * unread > len(queue):
+            used += self.queued_tokens - sum(work.tokens for work in islice(queue, len(queue) - unread))
+        elif unread:
+            used += sum(work.tokens for work in islice(reversed(queue), unread))
         return max(used, self.context, 1.0)
 
     def slot_s(self, adapter: str) -> float:
@@ -162,15 +168,15 @@ class Lane:
     def add(self, work: Work) -> None:
         self.queue.append(work)
         self.pending_s += work.seconds
+        self.queued_tokens += work.tokens
         self.context += work.prompt
         self.requests += 1
         if work.adapter:
             self.adapters[work.adapter] = self.adapters.get(work.adapter, 0) + 1
             self.loaded.pop(work.adapter, None)
             self.loaded[work.adapter] = None
-            for each in [each for each in self.loaded if each not in self.adapters][
-                : max(0, len(self.loaded) - self.endpoint.adapters_max)
-            ]:
+            idle = [each for each in self.loaded if each not in self.adapters]
+            for each in idle[: max(0, len(self.loaded) - self.endpoint.adapters_max)]:
                 del self.loaded[each]
 
     def through(self, work: Work, now_s: float) -> None:
@@ -178,6 +184,7 @@ class Lane:
         while self.queue:
             first = self.queue.popleft()
             self.pending_s -= first.seconds
+            self.queued_tokens -= first.tokens
             first.done = True
             if first is work:
                 break
@@ -194,18 +201,26 @@ class Lane:
                 break
             self.through(head, ends_s)
 
-    def leave(self, work: Work) -> None:
+    def out(self, work: Work) -> None:
+        """It is not in the queue any more, and those before it are."""
+        work.done = True
+        self.queue.remove(work)
+        self.queued_tokens -= work.tokens
+        self.pending_s = self.pending_s - work.seconds if self.queue else 0.0
+
+    def leave(self, work: Work, now_s: float) -> None:
         """Its request is over."""
         self.requests -= 1
         self.context -= work.prompt
         if work.adapter:
-            left = self.adapters.pop(work.adapter) - 1
-            if left:
-                self.adapters[work.adapter] = left
+            self.adapters[work.adapter] -= 1
+            if not self.adapters[work.adapter]:
+                del self.adapters[work.adapter]
         if not work.done:
-            work.done = True
-            self.queue.remove(work)
-            self.pending_s = self.pending_s - work.seconds if self.queue else 0.0
+            if work is self.queue[0]:  # the engine goes on with the next
+                ends_s = max(self.last_s, work.sent_s) + work.seconds
+                self.last_s = now_s if work.streamed else min(now_s, ends_s)
+            self.out(work)
 
 
 class Lanes:
@@ -220,18 +235,17 @@ class Lanes:
         """To load an adapter."""
         self.mean_s = MEAN_START_S
         """Seconds of work of a request."""
-        self._harm = harm
-        self._crowding = crowding
+        self._harm, self._crowding = harm, crowding
         self.positions: dict[int, int] = {}
         """Slot -> place among the endpoints asked for last."""
         self._of: Sequence[Endpoint] = ()
         self._chosen: list[Lane] = []
         self._select: slice | NDArray[np.intp] | None = None
-        """Their columns, once somebody wanted to know."""
-        self._changes: Changes | None = None
-        self._count = -1
+        self._changes, self._count = Changes(), -1
         self._touched: set[int] = set()
         """Slots whose row may be out of date."""
+        self._silent: set[int] = set()
+        """Slots at whose head is a prompt of which nobody will tell when it is through."""
         self._unwritten: set[int] = set()
         """Slots whose row is not in the columns."""
         self._values = np.zeros((len(Columns._fields), SLOTS_START))
@@ -247,6 +261,10 @@ class Lanes:
             since = changes.since(self._count) if changes is self._changes else None
             self._touched.update(self.by_slot if since is None else since)
             self._changes, self._count = changes, changes.count
+        for slot in self._silent:
+            lane = self.by_slot.get(slot)
+            if lane is not None and lane.row[0] <= now_s:
+                self._touched.add(slot)
         if self._touched:
             for slot in self._touched:
                 lane = self.by_slot.get(slot)
@@ -294,12 +312,15 @@ class Lanes:
 
     def first_token(self, lane: Lane, work: Work, now_s: float) -> None:
         self._touch(lane)
-        self._learn(lane, work, now_s)
-        lane.through(work, now_s)
+        if work.moved:
+            lane.out(work)
+        else:
+            self._learn(lane, work, now_s)
+            lane.through(work, now_s)
 
-    def over(self, lane: Lane, work: Work) -> None:
+    def over(self, lane: Lane, work: Work, now_s: float) -> None:
         self._touch(lane)
-        lane.leave(work)
+        lane.leave(work, now_s)
 
     def removed(self, endpoint: Endpoint) -> None:
         self.by_slot.pop(endpoint.slot, None)
@@ -309,8 +330,17 @@ class Lanes:
         """It is about to be changed."""
         self._touched.add(lane.slot)
         if lane.endpoint.scraped_at_s != lane.read_s:
-            lane.look()
+            self._look(lane)
         return lane
+
+    def _look(self, lane: Lane) -> None:
+        """There is a new reading."""
+        lane.look()
+        endpoint = lane.endpoint
+        if endpoint.adapters_max and len(lane.named) < ADAPTERS_MAX:
+            for names in (endpoint.adapters_active, endpoint.adapters_waiting):
+                lane.named |= names
+                self.adapters |= names
 
     def _learn(self, lane: Lane, work: Work, now_s: float) -> None:
         """The work up to `work` took from when the endpoint began with it to now."""
@@ -341,9 +371,12 @@ class Lanes:
     def _row(self, lane: Lane, now_s: float) -> Row:
         queue, endpoint = lane.queue, lane.endpoint
         if endpoint.scraped_at_s != lane.read_s:
-            lane.look()
+            self._look(lane)
+        self._silent.discard(lane.slot)
         if queue and not queue[0].streamed:
             lane.settle(now_s)
+            if queue and not queue[0].streamed:
+                self._silent.add(lane.slot)
         ends_s = missed_s = queued_s = 0.0
         overdue_s = inf
         if queue:
@@ -363,9 +396,5 @@ class Lanes:
         burden = lane.slowness * (1.0 + self._harm * decoding + self._crowding * waiting)
         capacity = endpoint.kv_capacity_tokens
         used = lane.kv_used() if capacity else 1.0
-        if endpoint.adapters_max and len(lane.named) < ADAPTERS_MAX:
-            lane.named |= endpoint.adapters_active
-            lane.named |= endpoint.adapters_waiting
-            self.adapters |= lane.named
         room = capacity - used if capacity else inf
         return ends_s, overdue_s, missed_s, queued_s, burden, lane.context, decoding, used, room, lane.decode_s

@@ -25,6 +25,8 @@ RIDGE = 1e-6
 TOKENS_UNIT, PAIRS_UNIT, CONTEXT_UNIT = 1e3, 1e6, 1e5
 """Features are counted in these, so that they are of one size."""
 FEATURES = 4
+TOWARDS = np.array([0.0, START_S[1] * TOKENS_UNIT, 0.0, 0.0])
+"""What samples leave open, where all are alike, stays as it was in the beginning."""
 
 
 class CostModel:
@@ -35,7 +37,7 @@ class CostModel:
     def __init__(self) -> None:
         self.once_s, self.by_tokens_s, self.by_pairs_s, self.by_context_s = START_S
         self.samples = 0
-        self._moments = RIDGE * np.eye(FEATURES)
+        self._moments = np.zeros((FEATURES, FEATURES))
         self._right = np.zeros(FEATURES)
         self._fresh: list[tuple[float, ...]] = []
         """Samples not worked in yet: weighted features, then the weighted seconds."""
@@ -60,9 +62,10 @@ class CostModel:
         kept_before = FORGET ** len(fresh)
         self._moments = kept_before * self._moments + features.T @ features
         self._right = kept_before * self._right + features.T @ seconds
+        moments, right = self._moments + RIDGE * np.eye(FEATURES), self._right + RIDGE * TOWARDS
         kept = list(range(FEATURES))
         while kept:
-            found = np.linalg.lstsq(self._moments[np.ix_(kept, kept)], self._right[kept], rcond=None)[0]
+            found = np.linalg.lstsq(moments[np.ix_(kept, kept)], right[kept], rcond=None)[0]
             lowest = int(found.argmin())
             if found[lowest] >= 0.0:
                 values = dict(zip(kept, found.tolist(), strict=True))

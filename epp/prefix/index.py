@@ -23,6 +23,8 @@ SLICE_BLOCKS = 2_000
 """Blocks dropped per tick: under a millisecond."""
 GENERATIONS = 16
 """Parts of an endpoint's capacity that age together."""
+LISTED_MAX = 2
+"""Times the capacity in blocks: so much is listed at most, counting what was sent again in every generation it was sent in."""
 OUTLIVES = 1.2
 """Of the tokens an engine's cache holds, so much is remembered: engines evict a prompt's end before its beginning, here both go together."""
 
@@ -43,7 +45,17 @@ class _Generation:
 class _Held:
     """The blocks one endpoint holds."""
 
-    __slots__ = ("capacity_blocks", "capacity_tokens", "dropping", "generations", "latest", "live_blocks", "live_tokens", "young")
+    __slots__ = (
+        "capacity_blocks",
+        "capacity_tokens",
+        "dropping",
+        "generations",
+        "latest",
+        "listed_blocks",
+        "live_blocks",
+        "live_tokens",
+        "young",
+    )
 
     def __init__(self, capacity_blocks: int) -> None:
         self.latest: dict[int, int] = {}
@@ -55,6 +67,8 @@ class _Held:
         self.dropping: deque[_Generation] = deque()
         self.live_blocks = 0
         self.live_tokens = 0
+        self.listed_blocks = 0
+        """In `generations`, those sent again since as often as they were sent."""
         self.capacity_blocks = capacity_blocks
         self.capacity_tokens = 0
 
@@ -67,13 +81,16 @@ class _Held:
         oldest = self.generations.popleft()
         self.live_blocks -= oldest.live_blocks
         self.live_tokens -= oldest.live_tokens
+        self.listed_blocks -= len(oldest.blocks)
         if oldest.blocks:
             self.dropping.append(oldest)
 
     def fit(self) -> None:
         """What is too much leaves, but never what was sent last."""
         while len(self.generations) > 1 and (
-            self.live_blocks > self.capacity_blocks or (self.capacity_tokens and self.live_tokens > self.capacity_tokens)
+            self.live_blocks > self.capacity_blocks
+            or self.listed_blocks > LISTED_MAX * self.capacity_blocks
+            or (self.capacity_tokens and self.live_tokens > self.capacity_tokens)
         ):
             self.leave()
 
@@ -169,7 +186,7 @@ class PrefixIndex:
             self._drop(slot, held, 2 * (len(hashes) - low))
         held.fit()
         if held.due > held.capacity_blocks // 2:  # the ticks were too slow: the bound matters more
-            self._drop(slot, held, held.due)
+            self._drop(slot, held, SLICE_BLOCKS)
 
     def _enter(self, held: _Held, bit: int, hashes: Sequence[int], low: int, cumulative_tokens: Sequence[int]) -> None:
         """The blocks from `low` on are in the young generation now."""
@@ -201,6 +218,7 @@ class PrefixIndex:
             masks[block] = masks.get(block, 0) | bit
         latest.update(dict.fromkeys(new, number))
         young.blocks.extend(hashes[low:])
+        held.listed_blocks += count - low
         entered_tokens = cumulative_tokens[count - 1] - first_tokens
         young.live_blocks += count - low
         young.live_tokens += entered_tokens

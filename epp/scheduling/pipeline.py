@@ -70,7 +70,8 @@ class Profile:
             totals = self._with_sparse(request, totals, candidates.by_slot, columns)
         for weighted in self._per_request:
             scores = scores_of(weighted.scorer, request, candidates.endpoints)
-            totals = scores if self._alone else [total + weighted.weight * score for total, score in zip(totals, scores, strict=True)]
+            alone = self._alone and type(scores) is list and len(scores) == len(candidates.endpoints)
+            totals = scores if alone else [total + weighted.weight * score for total, score in zip(totals, scores, strict=True)]
             if columns is not None:
                 columns.append(Column(weighted.name, weighted.weight, scores))
         chosen = self._picker.pick(totals, candidates.endpoints, rng)

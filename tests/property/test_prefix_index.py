@@ -221,3 +221,24 @@ def test_slots_far_apart_and_beyond_a_machine_word() -> None:
     assert index.lookup(chain, 1 << 64) == {64: 3}
     assert index.lookup([], 1) == {}
     assert index.blocks == 10
+
+
+def test_what_is_sent_again_and_again_is_not_listed_without_end() -> None:
+    index = PrefixIndex(3_000)
+    chains = [hashes_of([number] + [1] * 11) for number in range(100)]
+    for turn in range(3_000):
+        index.record(0, chains[turn % 100], CUMULATIVE)
+    held = index._held[0]
+    assert sum(len(generation.blocks) for generation in held.generations) + held.due <= 3 * 3_000
+    assert all(index.lookup(chain, 1) == {0: 12} for chain in chains)
+
+
+def test_no_single_prompt_drops_more_than_a_slice() -> None:
+    index = PrefixIndex(60_000)
+    for number in range(4_000):
+        index.record(0, hashes_of([number] + [1] * 11), CUMULATIVE)
+    index.reset(0)
+    due = index.due
+    assert due > 2 * index_module.SLICE_BLOCKS
+    index.record(0, hashes_of([5_000, 1, 1]), CUMULATIVE)
+    assert due - index.due <= index_module.SLICE_BLOCKS + 6

@@ -10,6 +10,7 @@ import pytest
 from epp.datastore import Reading
 from epp.exchange import Exchange
 from epp.plugins import cost_lanes
+from epp.plugins.base import Finished
 from epp.plugins.cost_lanes import LOAD_START_S, SLOTS_START, Lane, Lanes, Work
 from epp.plugins.cost_model import SAMPLES_MIN, CostModel
 from epp.plugins.scorers.cost_aware import LOOP_MAX, CostAwareScorer
@@ -370,6 +371,7 @@ def test_our_own_requests_are_never_taken_for_others(seed: int) -> None:
 
 def adapted(pool: Core, number: int, *active: str, most: int = 2) -> None:
     endpoint = pool.endpoint(number)
+    pool.clock.advance(0.01)
     reading = Reading(adapters_active=frozenset(active), adapters_waiting=frozenset(), adapters_max=most)
     pool.datastore.record_reading(endpoint, reading, sent_requests=0, sent_tokens=0)
 
@@ -439,3 +441,120 @@ def test_how_long_loading_takes_is_learned_and_does_not_pass_for_work() -> None:
         exchange.finish(complete=True)
     assert found.load_s == pytest.approx(1.5, abs=0.1)
     assert next(iter(lanes(scorer).values())).slowness == 1.0
+
+
+# What would mislead it
+
+
+def served(exchange: Exchange, status: int = 200, by: str = "") -> None:
+    exchange.response_headers(status, event_stream=status == 200, served=by, code_details="via_upstream")
+    exchange.response_chunk(b"data: x")
+
+
+def test_a_refusal_is_no_first_token() -> None:
+    pool, scorer = world(1)
+    for _ in range(10):
+        route(pool, 8_000)
+    before = wait_s(pool, pool.endpoint(1))
+    for _ in range(40):
+        refused = route(pool, 100_000)
+        pool.clock.advance(0.004)
+        served(refused, 429)
+        refused.finish(complete=True)
+    assert wait_s(pool, pool.endpoint(1)) == pytest.approx(before - 40 * 0.004, abs=0.05)
+    assert scorer.state()["samples"] == 0
+    assert pool.endpoint(1).capacity.prefill_tokens_per_s == 0.0
+
+
+def test_a_request_the_gateway_moved_teaches_nothing() -> None:
+    pool, scorer = world(2)
+    for _ in range(60):
+        exchange = route(pool, 8_000)
+        other = next(e for e in pool.datastore.endpoints.values() if e is not exchange.decision.endpoint)
+        pool.clock.advance(0.8)
+        served(exchange, by=other.destination)
+        exchange.finish(complete=True)
+    assert scorer.state()["samples"] == 0
+    assert all((lane.requests, len(lane.queue)) == (0, 0) for lane in lanes(scorer).values())
+
+
+def test_the_next_prompt_begins_when_the_one_before_is_cancelled() -> None:
+    pool, scorer = world(1)
+    first, _second = route(pool, 100_000), route(pool, 50_000)
+    pool.clock.advance(8.0)
+    first.finish(complete=False)
+    assert wait_s(pool, pool.endpoint(1)) == pytest.approx(5.0, abs=0.1)
+    pool.clock.advance(5.0)
+    served(_second)
+    assert scorer.__dict__["lanes"].by_slot[0].took_s == pytest.approx(cost_lanes.KEPT * cost_lanes.PRIOR_S + 5.0)
+
+
+def test_prompts_of_whole_answers_leave_though_nothing_else_happens() -> None:
+    """No reading, no other request: an engine without metrics."""
+    pool, _ = world(1)
+    pool.datastore.record_answer(pool.endpoint(1))
+    for _ in range(10):
+        route(pool, 1_000, stream=False)
+    assert wait_s(pool, pool.endpoint(1)) > 0.8
+    pool.clock.advance(30.0)
+    assert wait_s(pool, pool.endpoint(1)) < 0.01
+
+
+def test_streams_a_gateway_does_not_show_are_through_when_they_should_be() -> None:
+    pool, _ = world(1)
+    hidden = route(pool, 1_000)
+    pool.clock.advance(5.0)
+    hidden.response_headers(200, event_stream=True, served="", code_details="via_upstream")
+    hidden.finish(complete=True)
+    for _ in range(20):
+        route(pool, 4_000)
+    pool.clock.advance(60.0)
+    assert wait_s(pool, pool.endpoint(1)) < 0.01
+    first_token(route(pool, 10))
+    route(pool, 50_000)
+    pool.clock.advance(2.0)
+    assert wait_s(pool, pool.endpoint(1)) == pytest.approx(3.0, abs=0.2), "once it shows them they are waited for"
+
+
+def test_two_of_them_in_one_configuration_keep_their_own_books() -> None:
+    made = core(
+        2,
+        config=CONFIG.replace(
+            "[{type: cost-aware-scorer}]", "[{type: cost-aware-scorer}, {name: b, type: cost-aware-scorer, parameters: {harm: 1}}]"
+        ),
+    )
+    for number in range(30):
+        exchange = route(made, 1_000)
+        if number % 2:
+            first_token(exchange)
+        exchange.finish(complete=True)
+    for name in ("cost-aware-scorer", "b"):
+        scorer = made.built.plugins[name]
+        assert isinstance(scorer, CostAwareScorer)
+        for lane in lanes(scorer).values():
+            assert (len(lane.queue), lane.pending_s, lane.context, lane.requests, lane.queued_tokens) == (0, 0.0, 0, 0, 0)
+
+
+def test_prefill_workers_are_charged_until_the_first_token() -> None:
+    scorer = CostAwareScorer()
+    pool, _ = world(2)
+    scorer.__dict__["clock"] = pool.clock
+    decode, prefill = pool.endpoint(1), pool.endpoint(2)
+    request = LLMRequest(id="r", path=PATH, headers={})
+    request.prompt_tokens, request.stream = 10_000, True
+    scorer.picked(request, Decision(decode, (), "decode", {"prefill": prefill}))
+    tokens = {slot: lane.queued_tokens for slot, lane in lanes(scorer).items()}
+    assert tokens == {prefill.slot: 10_000, decode.slot: 1}, "the decode worker gets it cached"
+    pool.clock.advance(1.0)
+    scorer.first_token(request, decode, 1.0)
+    assert {slot: lane.requests for slot, lane in lanes(scorer).items()} == {prefill.slot: 0, decode.slot: 1}
+    scorer.finished(request, decode, Finished(200, 1.0, 2.0, None, 0))
+    assert all((lane.requests, len(lane.queue), lane.context) == (0, 0, 0) for lane in lanes(scorer).values())
+
+
+def test_prompts_of_one_length_leave_the_proportions_as_they_were() -> None:
+    model = CostModel()
+    for _ in range(100):
+        model.learn(1, 8_000, 8_000 * 4_000, 0, 0.8)
+    assert model.prefill_s(1_000, 500_000, 0) == pytest.approx(0.1, rel=0.05)
+    assert model.prefill_s(32_000, 32_000 * 16_000, 0) == pytest.approx(3.2, rel=0.05)

@@ -21,7 +21,7 @@ from epp.plugins.cost_model import CostModel
 from epp.types import Decision, Endpoint, LLMRequest
 
 KEY = "cost-aware-work"
-"""Of a request's attributes."""
+"""Of a request's attributes, with the instance's own end."""
 LOOP_MAX = 40
 """Endpoints up to which a loop is faster than numpy."""
 
@@ -50,7 +50,8 @@ class CostAwareScorer(Plugin):
 
     def __post_init__(self) -> None:
         model = CostModel()
-        self.__dict__.update(model=model, lanes=Lanes(model, harm=self.harm, crowding=self.crowding))
+        lanes = Lanes(model, harm=self.harm, crowding=self.crowding)
+        self.__dict__.update(model=model, lanes=lanes, shown=True, key=f"{KEY}/{id(self)}")
 
     def bind(self, context: Context) -> None:
         self.__dict__["clock"] = context.clock
@@ -68,27 +69,55 @@ class CostAwareScorer(Plugin):
         return _in_turn(ask, model, chosen) if len(chosen) <= LOOP_MAX and not adapter_s else _at_once(ask, model, lanes)
 
     def picked(self, request: LLMRequest, decision: Decision) -> None:
-        self._sent(request, decision.endpoint)
+        """Where a prefill worker computes the prompt, the decode worker has it cached."""
+        prefill = decision.targets.get("prefill")
+        sent = [self._sent(request, decision.endpoint, cached=request.prompt_tokens if prefill else None)]
+        if prefill is not None:
+            sent.append(self._sent(request, prefill))
+        request.attributes[self.__dict__["key"]] = sent
 
     def served(self, request: LLMRequest, endpoint: Endpoint) -> None:
-        self._over(request)
-        self._sent(request, endpoint)
+        """Heard with the answer: when it was sent there is only known to be no earlier than to where we said."""
+        sent = request.attributes.get(self.__dict__["key"])
+        if not sent:
+            return
+        lane, work = sent[0]
+        self.__dict__["lanes"].over(lane, work, self.__dict__["clock"].now_s())
+        sent[0] = self._sent(request, endpoint)
+        sent[0][1].moved, sent[0][1].sent_s = True, work.sent_s
 
     def first_token(self, request: LLMRequest, endpoint: Endpoint, ttft_s: float) -> None:
         del endpoint, ttft_s
-        found = request.attributes.get(KEY)
-        if found is None or not request.stream:  # the first piece of a whole answer is its end
+        state = self.__dict__
+        sent = request.attributes.get(state["key"])
+        if not sent or not request.stream:  # the first piece of a whole answer is its end
             return
-        lane: Lane = found[0]
-        work: Work = found[1]
-        if not work.done:
-            self.__dict__["lanes"].first_token(lane, work, self.__dict__["clock"].now_s())
+        state["shown"] = True
+        lanes: Lanes = state["lanes"]
+        now_s: float = state["clock"].now_s()
+        for lane, work in sent:
+            if not work.done:
+                lanes.first_token(lane, work, now_s)
+        for lane, work in sent[1:]:
+            lanes.over(lane, work, now_s)
+        del sent[1:]
 
     def finished(self, request: LLMRequest, endpoint: Endpoint, outcome: Finished) -> None:
         del endpoint
-        lane = self._over(request)
-        if lane is not None and outcome.status == 200 and outcome.ttft_s >= 0 and request.stream:
-            lane.decode_s += DECODE_WEIGHT * (outcome.duration_s - outcome.ttft_s - lane.decode_s)
+        state = self.__dict__
+        sent = request.attributes.pop(state["key"], None)
+        if not sent:
+            return
+        lanes: Lanes = state["lanes"]
+        now_s: float = state["clock"].now_s()
+        for lane, work in sent:
+            lanes.over(lane, work, now_s)
+        if outcome.status == 200 and request.stream:
+            if outcome.ttft_s >= 0:
+                lane = sent[0][0]
+                lane.decode_s += DECODE_WEIGHT * (outcome.duration_s - outcome.ttft_s - lane.decode_s)
+            else:
+                state["shown"] = False  # the gateway keeps answers to itself
 
     def removed(self, endpoint: Endpoint) -> None:
         self.__dict__["lanes"].removed(endpoint)
@@ -112,21 +141,14 @@ class CostAwareScorer(Plugin):
         load_s = self.__dict__["lanes"].load_s
         return [(lane.slot_s(adapter), 0.0 if adapter in lane.loaded else load_s) for lane in chosen]
 
-    def _sent(self, request: LLMRequest, endpoint: Endpoint) -> None:
+    def _sent(self, request: LLMRequest, endpoint: Endpoint, *, cached: int | None = None) -> tuple[Lane, Work]:
         match = match_of(request, self.prefix_match_info_producer_name)
-        cached = match.matched_tokens.get(endpoint.slot, 0) if match is not None else 0
+        if cached is None:
+            cached = match.matched_tokens.get(endpoint.slot, 0) if match is not None else 0
         state = self.__dict__
         lanes: Lanes = state["lanes"]
-        now_s: float = state["clock"].now_s()
-        request.attributes[KEY] = lanes.send(endpoint, request.prompt_tokens, cached, request.target_model, now_s, streamed=request.stream)
-
-    def _over(self, request: LLMRequest) -> Lane | None:
-        found = request.attributes.pop(KEY, None)
-        if found is None:
-            return None
-        lane: Lane = found[0]
-        self.__dict__["lanes"].over(lane, found[1])
-        return lane
+        streamed = request.stream and state["shown"]
+        return lanes.send(endpoint, request.prompt_tokens, cached, request.target_model, state["clock"].now_s(), streamed=streamed)
 
 
 class _Ask(NamedTuple):
