@@ -46,9 +46,9 @@ async def _render(request: web.Request) -> web.Response:
     )
 
 
-def tokens_of(prompt: str) -> list[int]:
+def tokens_of(prompt: str | bytes) -> list[int]:
     """A number of 32 bits for each token, the same for the same text."""
-    text = prompt.encode()
+    text = prompt.encode() if isinstance(prompt, str) else prompt
     padded = text + b"\0" * (-len(text) % TOKEN_BYTES)
     return memoryview(padded).cast("I").tolist()
 

@@ -2,20 +2,22 @@
 
 - our picker, by configuration file: `epp serve` behind a real Envoy;
 - round robin: the same Envoy's, without a picker;
-- a peer: a router from PyPI, which is gateway and policy in one, in the place of Envoy and picker. Never installed from here.
+- a peer: a router from PyPI, which is gateway and policy in one, in the place of Envoy and picker. Never installed from here. Dynamo's
+  `select_service` is a policy alone: `dynamo_shim` is its gateway.
 
-Every side has N engines in a process of their own (engines.py: `epp sim` and a route more), so that no cache remembers another side. All is on loopback, on free
-ports, and stopped by its pid; none outlives this process.
+Every side has N engines in a process of their own (engines.py: `epp sim` and a route more), so that no cache remembers another side. All is
+on free ports, on loopback where the program has a choice, and stopped by its pid; none outlives this process.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import re
 import shutil
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +29,7 @@ from bench.processes import Child as Program
 from bench.processes import quiet_ports
 from bench.replay.cells import CONFIGS
 from epp.errors import StartError
-from epp.sim.options import MODEL_DEFAULT
+from epp.sim.options import MODEL_DEFAULT, add_sim_arguments, sim_options
 from epp.types import Address
 
 try:
@@ -53,12 +55,24 @@ class Peer(NamedTuple):
     """How a router from PyPI is started."""
 
     package: str
+    """What `pip install` is given."""
     module: str
     """Run with `python -m` when the named program is a Python; empty if it has a program of its own."""
     policy: str
     ready: str
     arguments: Callable[[int, int, Sequence[str], str], list[str]]
     """(port, port of its metrics, engines, policy)"""
+    policies: tuple[str, ...] = ()
+    """Those it can have here; none named: whatever the program takes."""
+    environment: Mapping[str, str] = {}
+    shim: str = ""
+    """A module of ours that is its gateway, for one that forwards nothing."""
+    note: str = ""
+    """What is to be known before it runs."""
+
+
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+"""A simulated model has no tokenizer to be found anywhere."""
 
 
 def _vllm_router(port: int, metrics: int, engines: Sequence[str], policy: str) -> list[str]:
@@ -70,10 +84,25 @@ def _smg(port: int, metrics: int, engines: Sequence[str], policy: str) -> list[s
     return ["launch", *_vllm_router(port, metrics, engines, policy)]
 
 
+def _select_service(port: int, _metrics: int, _engines: Sequence[str], _policy: str) -> list[str]:
+    return ["--port", str(port), "--threads", "1"]
+
+
 PEERS = {
     "vllm-router": Peer("vllm-router", "", "cache_aware", "/health", _vllm_router),
     "smg": Peer("smg", "", "cache_aware", "/readiness", _smg),
     "sglang-router": Peer("sglang-router", "sglang_router.launch_router", "cache_aware", "/health", _vllm_router),
+    "dynamo": Peer(
+        "--no-deps ai-dynamo ai-dynamo-runtime && pip install pydantic",
+        "dynamo.select_service",
+        "approximate",
+        "/health",
+        _select_service,
+        policies=("approximate",),
+        environment={"DYN_ROUTER_USE_KV_EVENTS": "false"},  # caches are predicted from what was routed: these engines send no events
+        shim="bench.live.dynamo_shim",
+        note="select_service listens on all interfaces, without authentication, while it runs",
+    ),
 }
 
 
@@ -122,6 +151,8 @@ def peer_sides(text: str, say: Callable[[str], None]) -> list[Side]:
         peer = PEERS.get(name)
         if peer is None:
             raise BenchError(f"--peers {part}: known are {', '.join(PEERS)}")
+        if peer.policies and policy and policy not in peer.policies:
+            raise BenchError(f"--peers {part}: policies of {name} are {', '.join(peer.policies)}")
         program = _program(name, peer, path)
         if program is None:
             say(
@@ -129,6 +160,8 @@ def peer_sides(text: str, say: Callable[[str], None]) -> list[Side]:
                 f"then --peers {name}=VENV/bin/{'python' if peer.module else name}"
             )
             continue
+        if peer.note:
+            say(f"{name}: {peer.note}")
         sides.append(Side(f"{name}:{policy or peer.policy}", peer=peer, program=program, peer_policy=policy or peer.policy))
     return sides
 
@@ -161,8 +194,8 @@ async def running(side: Side, pool: Pool) -> AsyncIterator[Front]:
         addresses = tuple(map(Address.parse, named))
         parts: dict[str, Part] = {f"engines' process of {side.name}": _Watched(engines)}
         if side.peer is not None:
-            url, child = await _peer(side, side.peer, addresses, stack)
-            parts[side.name] = _Watched(child)
+            url, programs = await _peer(side, side.peer, addresses, pool, stack)
+            parts |= {name: _Watched(program) for name, program in programs.items()}
             async with watched(parts):
                 yield Front(url, addresses)
             return
@@ -237,15 +270,32 @@ def _serve_arguments(config: Path, engines: Sequence[Address], pool: Pool) -> li
     ]
 
 
-async def _peer(side: Side, peer: Peer, engines: Sequence[Address], stack: contextlib.AsyncExitStack) -> tuple[str, Program]:
-    port, metrics = quiet_ports(2)
-    arguments = peer.arguments(port, metrics, [f"http://{address}" for address in engines], side.peer_policy)
-    environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # a simulated model has no tokenizer to be found anywhere
-    child = stack.enter_context(Program(arguments, program=lifeline(side.program), environment=environment))
+def _block_tokens(pool: Pool) -> int:
+    """Of the engines, which may have been told by `--sim-args`."""
+    parser = argparse.ArgumentParser()
+    add_sim_arguments(parser)
+    return sim_options(parser.parse_args(_engine_arguments(pool)[1:])).profile.block_tokens
+
+
+async def _peer(
+    side: Side, peer: Peer, engines: Sequence[Address], pool: Pool, stack: contextlib.AsyncExitStack
+) -> tuple[str, dict[str, Program]]:
+    """Where it is to be reached, and its programs by name."""
+    port, metrics, gateway = quiet_ports(3)
+    urls = [f"http://{address}" for address in engines]
     url = f"http://{LOOPBACK}:{port}"
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
-        await _until_ready(session, url + peer.ready, child)
-    return url, child
+        arguments = peer.arguments(port, metrics, urls, side.peer_policy)
+        environment = {**_OFFLINE, **peer.environment}
+        program = stack.enter_context(Program(arguments, program=lifeline(side.program), environment=environment))
+        await _until_ready(session, url + peer.ready, program)
+        if not peer.shim:
+            return url, {side.name: program}
+        arguments = [peer.shim, f"--port={gateway}", f"--select-url={url}", f"--block-tokens={_block_tokens(pool)}", *urls]
+        shim = stack.enter_context(Program(arguments, program=lifeline([sys.executable, "-m"])))
+        url = f"http://{LOOPBACK}:{gateway}"
+        await _until_ready(session, f"{url}/health", shim)
+        return url, {side.name: program, f"gateway of {side.name}": shim}
 
 
 async def _until_ready(session: aiohttp.ClientSession, url: str, child: Program) -> None:
