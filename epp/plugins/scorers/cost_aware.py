@@ -42,7 +42,7 @@ class CostAwareScorer(Plugin):
     per_request: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("prefix-match",)
 
-    harm: Annotated[float, msgspec.Meta(ge=0)] = 0.09
+    harm: Annotated[float, msgspec.Meta(ge=0)] = 0.11
     crowding: Annotated[float, msgspec.Meta(ge=0)] = 0.5
     spread: Annotated[float, msgspec.Meta(ge=0)] = 0.5
     doubt: Annotated[float, msgspec.Meta(ge=0)] = 0.6
