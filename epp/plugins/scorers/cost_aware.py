@@ -45,7 +45,7 @@ class CostAwareScorer(Plugin):
     harm: Annotated[float, msgspec.Meta(ge=0)] = 0.11
     crowding: Annotated[float, msgspec.Meta(ge=0)] = 0.5
     spread: Annotated[float, msgspec.Meta(ge=0)] = 0.5
-    doubt: Annotated[float, msgspec.Meta(ge=0)] = 0.6
+    doubt: Annotated[float, msgspec.Meta(ge=0)] = 0.45
     prefix_match_info_producer_name: str = ""
 
     def __post_init__(self) -> None:
