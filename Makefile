@@ -32,7 +32,7 @@ fuzz: $(VENV)/.dev ## a million inputs for the codec, the session, the parsers a
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[fuzz]' || echo "no atheris for this Python: fuzzing without coverage guidance"
 	$(BIN)/python -m tests.fuzz.run --inputs 1000000
 
-bench: $(VENV)/.dev ## a selection of the measurements in bench/, three minutes
+bench: $(VENV)/.dev ## a selection of the measurements in bench/, a minute or two
 	$(BIN)/python -m bench overhead --quick
 	$(BIN)/python -m bench decide --endpoints 16,1000 --prompt-tokens 1000,32000
 	$(BIN)/python -m bench scrape --endpoints 100
