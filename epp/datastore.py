@@ -9,7 +9,7 @@ Cost per request: none; a snapshot is an attribute read. Membership and health c
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -98,23 +98,34 @@ def _same(spec: EndpointSpec | None, endpoint: Endpoint) -> bool:
     return spec is not None and (spec.name, spec.namespace) == (endpoint.name, endpoint.namespace)
 
 
-class Datastore:
-    """One pool's endpoints and their load."""
+def _usable(staying: Sequence[Endpoint]) -> Sequence[Endpoint]:
+    return [e for e in staying if e.healthy and not e.ejected] or [e for e in staying if not e.ejected] or staying
 
-    def __init__(self, clock: Clock, *, name: str = "default", endpoints_max: int = ENDPOINTS_MAX) -> None:
-        self.name = name
+
+class Datastore:
+    """The endpoints of one pool, or of several, and their load."""
+
+    def __init__(self, clock: Clock, *, name: str = "default", pools: Sequence[str] = (), endpoints_max: int = ENDPOINTS_MAX) -> None:
         self.changes = Changes()
         self.endpoints: dict[Address, Endpoint] = {}
         self.by_destination: dict[str, Endpoint] = {}
         self.ready = Snapshot.of(())
         """Endpoints that are healthy, not ejected and not draining; all but the draining ones when there are none of those, for then
         any may be the one that works."""
+        self.serve(name, pools)
         self._clock = clock
         self._endpoints_max = endpoints_max
         self._free_slots: list[int] = []
         self._slots_made = 0
         self._added: list[Callable[[Endpoint], None]] = []
         self._removed: list[Callable[[Endpoint], None]] = []
+
+    def serve(self, name: str, pools: Sequence[str] = ()) -> None:
+        """What it is called, and the names of the pools its endpoints are in, where there are several. Before there are endpoints."""
+        self.name = name
+        self.pools = tuple(pools)
+        self.ready_in: dict[str, Snapshot] = dict.fromkeys(self.pools, self.ready)
+        """`ready` for each of several pools."""
 
     def subscribe(self, *, added: Callable[[Endpoint], None] | None = None, removed: Callable[[Endpoint], None] | None = None) -> None:
         """Be told of endpoints that come (those already here are told at once) and go."""
@@ -145,7 +156,7 @@ class Datastore:
                 self.endpoints[address] = endpoint
                 self.by_destination[endpoint.destination] = endpoint
                 come.append(endpoint)
-            elif known.spec != spec:
+            elif known.spec is not spec and known.spec != spec:
                 known.spec = spec
                 known.labels = spec.labels
         self._refresh()
@@ -234,7 +245,17 @@ class Datastore:
 
     def _refresh(self) -> None:
         staying = [e for e in self.endpoints.values() if not e.draining]
-        self.ready = Snapshot.of([e for e in staying if e.healthy and not e.ejected] or [e for e in staying if not e.ejected] or staying)
+        if not self.pools:
+            self.ready = Snapshot.of(_usable(staying))
+            return
+        members: dict[str, list[Endpoint]] = {name: [] for name in self.pools}
+        for endpoint in staying:
+            for name in endpoint.spec.pools:
+                if name in members:
+                    members[name].append(endpoint)
+        usable = {name: _usable(there) for name, there in members.items()}
+        self.ready_in = {name: Snapshot.of(there) for name, there in usable.items()}
+        self.ready = Snapshot.of(list(dict.fromkeys(e for there in usable.values() for e in there)))
 
     def _take_slot(self) -> int:
         if self._free_slots:

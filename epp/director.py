@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from epp.arrival import Arrival, Stage, Understood
+from epp.candidates import Candidates, Models
 from epp.clock import Clock
 from epp.datastore import Datastore
 from epp.decisions import Decisions, record, table
@@ -21,10 +23,10 @@ from epp.observe.metrics import Metrics
 from epp.outliers import Outliers
 from epp.parsing.model_name import ModelRestorer, checked
 from epp.parsing.routes import Routes
-from epp.plugins.base import Parser
+from epp.pools import Pools
 from epp.resources import Resources
 from epp.scheduling.pipeline import ProfileTrace, Scheduler
-from epp.types import Decision, Endpoint, LLMRequest, Snapshot
+from epp.types import Decision, LLMRequest
 
 _log = logging.getLogger("epp.decision")
 
@@ -43,27 +45,9 @@ SHED = "system saturated, sheddable request dropped"
 """What a client is told whose request may be shed, and is."""
 LEFT_OUT_SHOWN_MAX = 32
 """Endpoints that are no candidates, in an explanation."""
-MODELS_MAX = 1_000
-"""Models whose endpoints are remembered while the pool stays the same."""
-SUBSETS_MAX = 64
-"""Different subset hints whose candidates are remembered while the pool stays the same."""
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"?')
 _IF_AVAILABLE = re.compile(r"(?:^|,)[ \t]*if-available[ \t]*(?:[=;,]|$)", re.ASCII | re.IGNORECASE)
 """The preference of that name, whatever its value and parameters (RFC 7240)."""
-
-
-class Models(Protocol):
-    """Who serves which model, as far as engines say; `epp.engines.models.ModelsView` is one."""
-
-    version: int
-
-    def known(self, model: str) -> bool | None:
-        """Whether any endpoint serves it; None: not known."""
-        ...
-
-    def by_all(self, model: str) -> bool: ...
-
-    def serves(self, endpoint: Endpoint, model: str) -> bool | None: ...
 
 
 class Director:
@@ -79,6 +63,7 @@ class Director:
         *,
         resources: Resources,
         outliers: Outliers,
+        pools: Pools | None = None,
         subset_filter: bool = True,
         test_headers: bool = False,
         decisions: Decisions | None = None,
@@ -86,23 +71,23 @@ class Director:
         models: Models | None = None,
         model_missed: Callable[[], None] = lambda: None,
     ) -> None:
-        """`test_headers`: honour the conformance suite's headers (protocol reference, section 9); never in production."""
+        """`pools`: where there are several, `resources` being those of the first. `test_headers`: honour the conformance suite's headers
+        (protocol reference, section 9); never in production.
+        """
         self._datastore = datastore
         self._metrics = metrics
         self._clock = clock
         self._resources = resources
         self._outliers = outliers
-        self._subset_filter = subset_filter
+        self.candidates = Candidates(datastore, models, subset_filter=subset_filter)
         self._test_headers = test_headers
         self._decisions = decisions
         self.emit_scores = emit_scores
-        self._subsets: dict[Sequence[str], Snapshot] = {}
-        self._subsets_of: Snapshot | None = None
-        self._models = models
+        self._pools = pools if pools is not None and pools.several else None
         self._model_missed = model_missed
         """Called when a model nobody serves was asked for."""
-        self._serving: dict[str, Snapshot] = {}
-        self._serving_of: tuple[Snapshot, int] | None = None
+        self.stages: Sequence[Stage] = ()
+        """What a request passes before its endpoint is chosen."""
         self.use(scheduler, routes)
 
     def use(self, scheduler: Scheduler, routes: Routes) -> None:
@@ -112,29 +97,54 @@ class Director:
         self._own_headers = OWN_HEADERS | set(scheduler.own_headers)
         self.needs_body = routes.needs_body
 
+    def arrive(
+        self, request: LLMRequest, body: bytes | None, subset: Sequence[str] | None, started_s: float, wake: Callable[[], None]
+    ) -> Exchange | Arrival:
+        """As `route`, but where a stage has the request wait, that: `wake` is called when `resume` may be, never before this returns."""
+        if not self.stages:
+            return self.route(request, body, subset, started_s)
+        understood = self._understood(request, body)
+        return self.resume(Arrival(request, body, subset, started_s, understood, wake, self.stages))
+
+    def resume(self, arrival: Arrival) -> Exchange | Arrival:
+        """On with a request whose wait is over: the next wait, or the decision. Raises EppError."""
+        try:
+            waits = arrival.advance()
+        except EppError as error:
+            self._refuse(arrival.request, error, keep=self._due())
+            raise
+        if waits:
+            return arrival
+        return self._routed(arrival.request, arrival.body, arrival.subset, arrival.started_s, arrival.understood)
+
     def route(self, request: LLMRequest, body: bytes | None, subset: Sequence[str] | None, started_s: float) -> Exchange:
         """Decide where `request` goes and charge that endpoint. Raises EppError.
 
         `body`: None when it can't be seen whole before the decision (a GET, a gateway that keeps it): routed by load.
         `started_s`: when its headers came.
         """
-        metrics, scheduler = self._metrics, self._scheduler
-        keep = self._decisions is not None and self._decisions.due()
-        traces: list[ProfileTrace] | None = [] if keep or self.emit_scores else None
-        understood = 0
+        return self._routed(request, body, subset, started_s, self._understood(request, body))
+
+    def _understood(self, request: LLMRequest, body: bytes | None) -> Understood:
+        request.body_bytes = len(body) if body is not None else 0
         try:
-            request.body_bytes = len(body) if body is not None else 0
-            parser, renamed = self._understand(request, body)
-            understood = 1
-            scheduling_s = self._clock.now_s()
+            return self._understand(request, body)
+        except EppError as error:
+            self._refuse(request, error, understood=0, keep=self._due())
+            raise
+
+    def _routed(
+        self, request: LLMRequest, body: bytes | None, subset: Sequence[str] | None, started_s: float, understood: Understood
+    ) -> Exchange:
+        metrics, scheduler = self._metrics, self._scheduler
+        parser, renamed = understood
+        keep = self._due()
+        traces: list[ProfileTrace] | None = [] if keep or self.emit_scores else None
+        scheduling_s = self._clock.now_s()
+        try:
             decision = self._decide(request, subset, traces)
         except EppError as error:
-            series = metrics.series(request.model, request.target_model, request.fairness_id, request.priority)
-            series.requests += understood
-            series.errors[error.code_name] += 1
-            metrics.not_picked(request.target_model)
-            self._keep(keep, request, traces or (), None, error.message)
-            self._rejected(request, error)
+            self._refuse(request, error, keep=keep, traces=traces or ())
             raise
         series = metrics.series(request.model, request.target_model, request.fairness_id, request.priority)
         series.requests += 1
@@ -195,7 +205,7 @@ class Director:
 
     def sees_response_bodies(self, headers: Mapping[str, str]) -> bool:
         """Whether the response's body matters so much that a gateway that holds it back must still show it to us."""
-        if self._resources.rewrites_any or self._scheduler.report:
+        if (self._pools or self._resources).rewrites_any or self._scheduler.report:
             return True
         return bool(headers.get(REWRITE_HEADER) or headers.get(REWRITE_HEADER_OLD))
 
@@ -211,18 +221,23 @@ class Director:
             added = {**(added or {}), TEST_SERVED: served or "fail: missing destination endpoint served metadata"}
         return added or None
 
-    def _understand(self, request: LLMRequest, body: bytes | None, *, count: bool = True) -> tuple[Parser | None, str]:
-        """The body's parser, and the model to put in place of the body's, if any."""
+    def _understand(self, request: LLMRequest, body: bytes | None, *, count: bool = True) -> Understood:
         parser = self._routes.parse(request, body)
         headers = request.headers
         renamed = ""
         if not OWN_HEADERS.isdisjoint(headers):
             renamed = headers.get(REWRITE_HEADER) or headers.get(REWRITE_HEADER_OLD) or ""
-            request.priority = self._resources.priority(headers.get(OBJECTIVE_HEADER) or headers.get(OBJECTIVE_HEADER_OLD) or "")
+            objective = headers.get(OBJECTIVE_HEADER) or headers.get(OBJECTIVE_HEADER_OLD) or ""
+            pools = self._pools
+            request.priority = self._resources.priority(objective) if pools is None else pools.priority(request.pool, objective)
             request.fairness_id = (headers.get(FAIRNESS_HEADER) or headers.get(FAIRNESS_HEADER_OLD) or "")[:FAIRNESS_CHARS_MAX]
         if parser is None or body is None or not parser.body_wanted:
             return parser, ""
-        target = self._resources.target(request.model)
+        if self._pools is None:
+            target = self._resources.target(request.model)
+        else:
+            request.pool = request.pool or self._pools.of_model(request.model)
+            target = self._pools.target(request.pool, request.model)
         if target is not None:
             renamed = target.model
             if count:
@@ -240,9 +255,7 @@ class Director:
             subset = tuple(request.headers[TEST_SELECTION].replace(" ", "").split(","))
         detector = scheduler.detector if request.priority < 0 else None
         try:
-            candidates = self._candidates(subset)
-            if self._models is not None and request.target_model:
-                candidates = self._that_serve(request.target_model, candidates, self._models)
+            candidates = self.candidates.of(subset, request.pool, request.target_model)
         except NoEndpointsError:
             if detector is None:
                 raise
@@ -265,52 +278,13 @@ class Director:
             self._metrics.prefix_hit_bytes.observe(cached * 4)
         return request.uncached_on(decision.endpoint)
 
+    def _due(self) -> bool:
+        """Whether this decision is one to remember."""
+        return self._decisions is not None and self._decisions.due()
+
     def _keep(self, keep: bool, request: LLMRequest, traces: Sequence[ProfileTrace], decision: Decision | None, error: str = "") -> None:
         if keep and self._decisions is not None:
             self._decisions.add(request, traces, decision, error)
-
-    def _candidates(self, subset: Sequence[str] | None) -> Snapshot:
-        ready = self._datastore.ready
-        if subset is None or not self._subset_filter:
-            if not ready.endpoints:
-                raise NoEndpointsError("failed to find endpoint candidates for serving the request: no endpoint is ready")
-            return ready
-        if ready is not self._subsets_of or len(self._subsets) >= SUBSETS_MAX:
-            self._subsets_of, self._subsets = ready, {}
-        found = self._subsets.get(subset)
-        if found is None:
-            found = self._subsets[subset] = self._in(subset, ready)
-        return found
-
-    def _that_serve(self, model: str, candidates: Snapshot, models: Models) -> Snapshot:
-        """Without the endpoints that say they lack this model."""
-        known = models.known(model)
-        if known is False:
-            raise ModelNotFoundError(f"the model {model!r} does not exist: no endpoint serves it")
-        if known is None or models.by_all(model):
-            return candidates
-        if self._serving_of is None or self._serving_of[0] is not candidates or self._serving_of[1] != models.version:
-            self._serving_of, self._serving = (candidates, models.version), {}
-        found = self._serving.get(model)
-        if found is None:
-            if len(self._serving) >= MODELS_MAX:
-                self._serving.clear()
-            found = Snapshot.of([e for e in candidates.endpoints if models.serves(e, model) is not False])
-            self._serving[model] = found
-        if not found.endpoints:
-            raise NoEndpointsError(f"no endpoint that serves the model {model!r} is ready")
-        return found
-
-    def _in(self, subset: Sequence[str], ready: Snapshot) -> Snapshot:
-        allowed = frozenset(subset)
-        found = [e for e in ready.endpoints if _in_subset(e.spec.address.host, e.destination, allowed)]
-        if not found:  # one that fails its scrapes is better than none
-            found = [
-                e for e in self._datastore.endpoints.values() if not e.draining and _in_subset(e.spec.address.host, e.destination, allowed)
-            ]
-        if not found:
-            raise NoEndpointsError("failed to find endpoint candidates for serving the request: none is in the gateway's subset")
-        return Snapshot.of(found)
 
     def _log_decision(self, request: LLMRequest, decision: Decision, uncached: int) -> None:
         fields = {
@@ -325,7 +299,15 @@ class Director:
         }
         _log.debug("routed", extra={"fields": fields})
 
-    def _rejected(self, request: LLMRequest, error: EppError) -> None:
+    def _refuse(
+        self, request: LLMRequest, error: EppError, *, understood: int = 1, keep: bool = False, traces: Sequence[ProfileTrace] = ()
+    ) -> None:
+        """Count a request that gets no endpoint."""
+        series = self._metrics.series(request.model, request.target_model, request.fairness_id, request.priority)
+        series.requests += understood
+        series.errors[error.code_name] += 1
+        self._metrics.not_picked(request.target_model)
+        self._keep(keep, request, traces, None, error.message)
         if isinstance(error, ModelNotFoundError):
             self._model_missed()
         if _log.isEnabledFor(logging.DEBUG):
@@ -345,8 +327,3 @@ def _checked(decision: Decision) -> Decision:
         raise EppError("internal error in the endpoint picker")
     headers = decision.headers
     return decision if all(map(can_be_sent, headers, headers.values())) else decision._replace(headers=sendable(headers))
-
-
-def _in_subset(host: str, destination: str, allowed: frozenset[str]) -> bool:
-    """A bare address allows all its ports, `ip:port` only that one (protocol rule 10)."""
-    return destination in allowed or host in allowed or f"[{host}]" in allowed

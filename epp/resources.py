@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -121,6 +121,10 @@ class Resources:
         """Whether there is a rule at all."""
         self.priorities: frozenset[int] = frozenset()
         """Those of the objectives."""
+        self.objectives: Collection[str] = ()
+        """Their names."""
+        self.models_rewritten: Collection[str] = ()
+        """Models that rules are for by name."""
         self._random = rng.random
         self._pool_name = pool_name
         self._pool_group = pool_group
@@ -172,6 +176,7 @@ class Resources:
         self.names_rewritten = frozenset(names)
         self.rewrites_any = bool(exact) or generic is not None
         self.priorities = frozenset(priorities.values())
+        self.objectives, self.models_rewritten = priorities.keys(), exact.keys()
         self.counts = Counts(
             objectives=len(objectives_ours),
             rewrites=len(rewrites_ours),

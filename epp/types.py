@@ -53,6 +53,8 @@ class EndpointSpec(NamedTuple):
     """Where `/metrics` is served, if not at `address`."""
     draining: bool = False
     """It is going away (a terminating pod, a machine about to be taken back): no new requests."""
+    pools: tuple[str, ...] = ()
+    """Names of the pools it is in, where the picker serves several."""
 
 
 class Changes:
@@ -236,7 +238,7 @@ class LLMRequest:
     """One inference request as routing sees it. `prompt` is what is hashed for the prefix index, never logged."""
 
     __slots__ = (
-        "attributes", "body_bytes", "cache_salt", "fairness_id", "headers", "id", "max_output_tokens", "media", "model", "path", "prefix",
+        "attributes", "body_bytes", "cache_salt", "fairness_id", "headers", "id", "max_output_tokens", "media", "model", "path", "pool", "prefix",
         "priority", "prompt", "prompt_tokens", "stream", "target_model",
     )  # fmt: skip
 
@@ -248,6 +250,8 @@ class LLMRequest:
         """As the client named it; empty when the body was not understood (passthrough)."""
         self.target_model = ""
         """As the engine will see it."""
+        self.pool = ""
+        """The pool it is for, where the picker serves several and can tell."""
         self.stream = False
         self.max_output_tokens: int | None = None
         self.cache_salt = ""

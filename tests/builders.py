@@ -24,6 +24,7 @@ from epp.observe.metrics import Metrics
 from epp.outliers import Outliers
 from epp.plugins.registry import Registry
 from epp.policy import Policy
+from epp.pools import Pools
 from epp.resources import Resources
 from epp.scheduling.build import Built
 from epp.types import Address, Endpoint, EndpointSpec, LLMRequest
@@ -81,8 +82,8 @@ class Core:
         self.policy.apply(config, "test")
         self.director.use(self.policy.built.scheduler, self.policy.routes)
 
-    def session(self) -> Session:
-        made = Session(self.director, self.limits, self.clock)
+    def session(self, _authority: bytes = b"", *, pool: str = "") -> Session:
+        made = Session(self.director, self.limits, self.clock, pool)
         self.sessions.append(made)
         return made
 
@@ -120,9 +121,10 @@ def core(
     subset_filter: bool = True,
     test_headers: bool = False,
     emit_scores: bool = False,
+    pools: Pools | None = None,
 ) -> Core:
     clock = VirtualClock(1000.0)
-    datastore = Datastore(clock)
+    datastore = Datastore(clock, pools=[pool.name for pool in pools] if pools else ())
     datastore.apply([spec(number + 1) for number in range(endpoints)] if isinstance(endpoints, int) else endpoints)
     policy = Policy(datastore, Registry(), clock, random.Random(7), unknown_paths_ok=unknown_paths_ok, allow_experimental=True)
     policy.apply(config, "test")
@@ -138,6 +140,7 @@ def core(
         clock,
         resources=resources,
         outliers=outliers,
+        pools=pools,
         subset_filter=subset_filter,
         test_headers=test_headers,
         decisions=Decisions(clock, 16),
@@ -254,6 +257,12 @@ class Stream:
 
     def half_close(self) -> list[pb.ProcessingResponse]:
         replies = [pb.ProcessingResponse.FromString(codec.encode(reply)) for reply in self.session.half_closed()]
+        self.got += replies
+        return replies
+
+    def resume(self) -> list[pb.ProcessingResponse]:
+        """Replies to a request that waited, as its transport would ask for them."""
+        replies = [pb.ProcessingResponse.FromString(codec.encode(reply)) for reply in self.session.resumed()]
         self.got += replies
         return replies
 

@@ -41,7 +41,7 @@ class GrpcServer:
     def __init__(
         self,
         *,
-        new_session: Callable[[], Session],
+        new_session: Callable[[bytes], Session],
         health: Health,
         message_bytes_max: int,
         streams_max: int,
@@ -122,12 +122,24 @@ class GrpcServer:
         return grpc.ssl_server_certificate_configuration([(self._tls.key, self._tls.certificate)], root_certificates=self._client_ca)
 
     async def _process(self, _requests: Any, context: Any) -> None:
-        session = self._new_session()
+        session = self._new_session(b"")  # grpcio does not tell the authority
         self._calls[session] = context
+        reading: asyncio.Future[Any] | None = None
+        ended = False
         try:
             while True:
-                message = await context.read()
-                if message is grpc.aio.EOF:
+                if session.waiting:
+                    if reading is None and not ended:
+                        reading = asyncio.ensure_future(context.read())
+                    if await _woken(session, reading):
+                        await _write(context, session.resumed())
+                        if session.answered or (ended and not session.waiting):
+                            return
+                        continue
+                    assert reading is not None
+                message, reading = await (reading or context.read()), None
+                ended = message is grpc.aio.EOF
+                if ended:
                     replies = session.half_closed()
                 else:
                     try:
@@ -135,21 +147,36 @@ class GrpcServer:
                     except codec.MalformedMessageError:
                         await context.abort(grpc.StatusCode.INTERNAL, "not a ProcessingRequest")
                     replies = session.receive(event)
-                for reply in replies:
-                    await context.write(codec.encode(reply))
-                if session.answered or message is grpc.aio.EOF:
+                await _write(context, replies)
+                if session.answered or (ended and not session.waiting):
                     return
         finally:  # also when the peer resets the stream: grpcio cancels this task
+            if reading is not None:
+                reading.cancel()
             del self._calls[session]
             session.closed()
+
+
+async def _woken(session: Session, reading: asyncio.Future[Any] | None) -> bool:
+    """Whether a session that waits may go on; if not, a message has come."""
+    woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    session.notify = lambda: None if woken.done() else woken.set_result(None)
+    await asyncio.wait([woken] if reading is None else [woken, reading], return_when=asyncio.FIRST_COMPLETED)
+    if woken.done():
+        session.notify = None
+    return woken.done()
+
+
+async def _write(context: Any, replies: list[Reply]) -> None:
+    for reply in replies:
+        await context.write(codec.encode(reply))
 
 
 async def _tell(context: Any, replies: list[Reply]) -> None:
     """The peer ends the call when it reads this; one that is gone, or does not read, keeps nobody waiting."""
     with contextlib.suppress(grpc.aio.BaseError, TimeoutError):
         async with asyncio.timeout(TELL_S):
-            for reply in replies:
-                await context.write(codec.encode(reply))
+            await _write(context, replies)
 
 
 def _check_free(host: str | None, port: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from epp.extproc.limits import Limits
 from epp.extproc.messages import Reply
@@ -85,7 +85,7 @@ class Deframer:
 class Call:
     """One call: what came in part, and what waits for the next write."""
 
-    __slots__ = ("answer", "deframer", "ending", "headers_sent", "id", "replies", "session", "unary", "waiting")
+    __slots__ = ("answer", "deframer", "ending", "half_closed", "headers_sent", "id", "replies", "session", "unary", "waiting")
 
     def __init__(self, stream_id: int, deframer: Deframer, session: Session | None, unary: Callable[[bytes], bytes] | None) -> None:
         self.id = stream_id
@@ -97,6 +97,21 @@ class Call:
         """Of a unary call."""
         self.ending: Trailers | None = None
         """Set once our side is to end: nothing more is taken in."""
+        self.half_closed = False
+        """The peer's side is over, our answer is still to come."""
         self.headers_sent = False
         self.waiting = False
         """It is among the connection's `_dirty` streams."""
+
+
+def path_and_authority(headers: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, bytes]:
+    """Of a request's headers, the pseudo-headers being the first."""
+    path = authority = b""
+    for name, value in headers:
+        if name == b":path":
+            path = value
+        elif name == b":authority":
+            authority = value
+        elif name[:1] != b":":
+            break
+    return path, authority

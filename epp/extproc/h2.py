@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import ngh2
@@ -22,15 +23,27 @@ from ngh2.enums import Setting
 
 from epp.errors import BodyTooLargeError
 from epp.extproc import codec
-from epp.extproc.grpc_frames import INTERNAL, INVALID_ARGUMENT, OK, UNAVAILABLE, UNIMPLEMENTED, Call, Deframer, Trailers, framed
+from epp.extproc.grpc_frames import (
+    INTERNAL,
+    INVALID_ARGUMENT,
+    OK,
+    UNAVAILABLE,
+    UNIMPLEMENTED,
+    Call,
+    Deframer,
+    Trailers,
+    framed,
+    path_and_authority,
+)
+from epp.extproc.h2_intake import Intake
 from epp.extproc.h2_policy import Shared
+from epp.extproc.h2_vigil import Verdict, Vigil
 from epp.extproc.messages import Reply
+from epp.extproc.session import Session
 
 _log = logging.getLogger("epp.h2")
 
 PROCESS = b"/envoy.service.ext_proc.v3.ExternalProcessor/Process"
-HEALTH_CHECK = b"/grpc.health.v1.Health/Check"
-HEALTH_LIST = b"/grpc.health.v1.Health/List"
 
 READ_BYTES = 1 << 18
 """A connection's read buffer."""
@@ -49,8 +62,7 @@ class H2Connection(asyncio.BufferedProtocol):
         self._view = memoryview(self._buffer)
         self._streams: dict[int, Call] = {}
         self._dirty: list[Call] = []
-        self._held: list[tuple[int, int]] = []
-        """(bytes, stream) taken but not acknowledged: the peer must read our replies first."""
+        self._intake = Intake(shared.limits)
         self._leaving: set[int] = set()
         """Streams reset in the read being handled."""
         self._transport: asyncio.Transport | None = None
@@ -63,10 +75,7 @@ class H2Connection(asyncio.BufferedProtocol):
             ),
         )
         self._paused = False
-        self._last_read_s = shared.clock.now_s()
-        self._heard = False
-        self._pinged_s = 0.0
-        self._stalled_s = 0.0
+        self._vigil = Vigil(shared.limits, shared.clock.now_s())
         self._on: dict[type, Callable[[Any], None]] = {
             h2_events.RequestReceived: self._on_request,
             h2_events.DataReceived: self._on_data,
@@ -99,8 +108,7 @@ class H2Connection(asyncio.BufferedProtocol):
         return self._view  # not the bytearray: asyncio's TLS slices it, and a slice of that is a copy
 
     def buffer_updated(self, count: int) -> None:
-        self._last_read_s = self._shared.clock.now_s()
-        self._heard = True
+        self._vigil.heard(self._shared.clock.now_s())
         connection = self._connection
         try:
             connection.receive_data(self._view[:count])
@@ -140,14 +148,10 @@ class H2Connection(asyncio.BufferedProtocol):
     # HTTP/2's side
 
     def _on_request(self, event: h2_events.RequestReceived) -> None:
-        path = b""
-        for name, value in event.headers:
-            if name == b":path":
-                path = value
-                break
+        path, authority = path_and_authority(event.headers)
         shared = self._shared
         new_session = shared.new_session if path == PROCESS else None
-        session = new_session() if new_session is not None and not shared.closing else None
+        session = new_session(authority) if new_session is not None and not shared.closing else None
         unary = shared.unary.get(path)
         deframer = Deframer(shared.session_limits, self._limits.message_bytes_max)
         stream = self._streams[event.stream_id] = Call(event.stream_id, deframer, session, unary)
@@ -161,7 +165,7 @@ class H2Connection(asyncio.BufferedProtocol):
 
     def _on_data(self, event: h2_events.DataReceived) -> None:
         data = event.data
-        self._held.append((len(data), event.stream_id))
+        self._intake.held.append((len(data), event.stream_id))
         stream = self._streams.get(event.stream_id)
         if stream is None or stream.ending is not None:
             return
@@ -201,6 +205,8 @@ class H2Connection(asyncio.BufferedProtocol):
         self._say(stream, session.receive(event))
         if session.answered:
             self._end(stream, OK)
+        elif session.waiting and session.notify is None:
+            self._park(stream, session)
 
     def _call(self, stream: Call, message: bytes) -> None:
         assert stream.unary is not None
@@ -220,7 +226,25 @@ class H2Connection(asyncio.BufferedProtocol):
         if stream.id in self._leaving:
             return  # the client left: what came of its body is no request
         self._say(stream, stream.session.half_closed())
-        self._end(stream, OK)
+        if stream.session.waiting:  # the answer is still to come (rule 9)
+            stream.half_closed = True
+            self._park(stream, stream.session)
+        else:
+            self._end(stream, OK)
+
+    def _park(self, stream: Call, session: Session) -> None:
+        """The session goes on when it says so, and not from within whatever made it."""
+        session.notify = partial(_soon, self._resume, stream, session)
+
+    def _resume(self, stream: Call, session: Session) -> None:
+        if stream.ending is not None or self._streams.get(stream.id) is not stream:
+            return
+        self._say(stream, session.resumed())
+        if session.answered or (stream.half_closed and not session.waiting):
+            self._end(stream, OK)
+        if not session.waiting:
+            session.notify = None
+        self._flush()
 
     def _too_large(self, stream: Call) -> None:
         self._shared.session_limits.hits("message_bytes_max")
@@ -266,35 +290,21 @@ class H2Connection(asyncio.BufferedProtocol):
     def _flush(self) -> None:
         """Everything one read caused, in one write."""
         connection = self._connection
-        if self._held and not self._paused:
-            self._acknowledge()  # before new replies wait: what waits now, the peer left unread
+        if self._intake.held and not self._paused:
+            self._intake.give_back(connection, self._streams)  # before new replies wait: what waits now, the peer left unread
         if self._dirty:
             dirty, self._dirty = self._dirty, []
             for stream in dirty:
                 self._send(stream)
         data = connection.data_to_send()
-        if self._held and not self._paused:  # what a stream was held back for may be on its way now
-            self._acknowledge()
+        if self._intake.held and not self._paused:  # what a stream was held back for may be on its way now
+            self._intake.give_back(connection, self._streams)
             data += connection.data_to_send()
         self._write(data)
         if self._shared.closing:
             self._shared.stream_ended()
         if not connection.want_read and not connection.want_write:
             self.close()
-
-    def _acknowledge(self) -> None:
-        """Give back window for what was taken in, but not to a stream whose replies its peer does not read."""
-        connection, limits = self._connection, self._limits
-        unread_bytes = connection.queued_body_size()
-        if unread_bytes > limits.queued_bytes_max:
-            return
-        held, self._held = self._held, []
-        for count, stream_id in held:
-            stalled = unread_bytes and stream_id in self._streams
-            if stalled and connection.queued_body_size(stream_id) > limits.stream_queued_bytes_max:
-                self._held.append((count, stream_id))
-            else:
-                connection.acknowledge_received_data(count, stream_id)
 
     def _send(self, stream: Call) -> None:
         stream.waiting = False
@@ -334,29 +344,15 @@ class H2Connection(asyncio.BufferedProtocol):
 
     def check_alive(self, now_s: float) -> None:
         """Close a peer that never spoke, no longer answers, or takes no reply; give up calls that stopped. Called every few seconds."""
-        limits = self._limits
         if not self._closing:
             self._expire_calls(now_s)
-        if not self._reading():
-            self._stalled_s = self._stalled_s or now_s
-            if now_s - self._stalled_s > limits.stall_s:
-                self._shared.session_limits.hits("stall_s")
-                self.abort()
-            return
-        self._stalled_s = 0.0
-        if self._closing:
-            return
-        silence_s = now_s - self._last_read_s
-        if not self._heard:
-            if silence_s > limits.handshake_s:
-                self.abort()
-        elif silence_s < limits.keepalive_s or 0 < self._pinged_s <= self._last_read_s:
-            self._pinged_s = 0.0
-        elif not self._pinged_s:
-            self._pinged_s = now_s
+        verdict = self._vigil.look(now_s, reading=self._reading(), closing=self._closing)
+        if verdict is Verdict.PING:
             self._connection.ping()
             self._flush()
-        elif now_s - self._pinged_s > limits.keepalive_s:
+        elif verdict is not Verdict.ALIVE:
+            if verdict is Verdict.STALLED:
+                self._shared.session_limits.hits("stall_s")
             self.abort()
 
     def _expire_calls(self, now_s: float) -> None:
@@ -398,3 +394,7 @@ class H2Connection(asyncio.BufferedProtocol):
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+
+def _soon(resume: Callable[[Call, Session], None], stream: Call, session: Session) -> None:
+    asyncio.get_running_loop().call_soon(resume, stream, session)

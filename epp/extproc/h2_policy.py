@@ -67,8 +67,8 @@ class Shared:
     limits: H2Limits
     session_limits: Limits
     clock: Clock
-    new_session: Callable[[], Session] | None
-    """None: this port serves no ext_proc."""
+    new_session: Callable[[bytes], Session] | None
+    """Given the call's `:authority`. None: this port serves no ext_proc."""
     unary: dict[bytes, Callable[[bytes], bytes]]
     """path -> handler of one message; it raises ValueError for one it can't read."""
     connections: set[Connection] = field(default_factory=set)

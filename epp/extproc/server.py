@@ -10,13 +10,15 @@ from collections.abc import Callable
 
 from epp.clock import Clock
 from epp.errors import StartError
-from epp.extproc.h2 import HEALTH_CHECK, HEALTH_LIST, H2Connection
+from epp.extproc.h2 import H2Connection
 from epp.extproc.h2_policy import CHECK_S, H2Limits, Shared
 from epp.extproc.health import Health
 from epp.extproc.limits import Limits
 from epp.extproc.session import Session
 from epp.extproc.tls import KeyPair, use
 
+HEALTH_CHECK = b"/grpc.health.v1.Health/Check"
+HEALTH_LIST = b"/grpc.health.v1.Health/List"
 CLOSE_S = 1.0
 """For a peer to take the last bytes."""
 BACKLOG = 1_024
@@ -33,7 +35,7 @@ class H2Server:
         session_limits: Limits,
         limits: H2Limits,
         clock: Clock,
-        new_session: Callable[[], Session] | None = None,
+        new_session: Callable[[bytes], Session] | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._shared = Shared(

@@ -21,7 +21,7 @@ from prometheus_client.exposition import choose_encoder, generate_latest
 
 from epp.clock import Clock
 from epp.observe import families, text
-from epp.observe.pool import STALENESS_S, PoolView, pool_families
+from epp.observe.pool import STALENESS_S, ClusterView, PoolView, cluster_families, leader_family, pool_families
 from epp.observe.series import HIT_BYTES, HIT_RATIO, SCHEDULER_S, Histogram, RequestSeries
 from epp.types import Endpoint
 
@@ -128,8 +128,11 @@ class Metrics:
         """Outcome (`applied`, `rejected`) -> times the configuration file changed."""
         self.outliers: OutlierView | None = None
         self.scraper: ScraperView | None = None
+        self.cluster: ClusterView | None = None
+        self.leading: bool | None = None
+        """None: there is no election."""
         self._rewrites: defaultdict[tuple[str, str, str], int] = defaultdict(int)
-        self.polls = polls or {}
+        self.polls: dict[str, PollView] = dict(polls or {})
         self._staleness_s = staleness_s
         self._build = (commit, build_ref)
         self.models = BoundedLabel(label_values_max)
@@ -217,6 +220,10 @@ class Metrics:
             yield from families.scraper_families(
                 self.scraper.polls_total, self.scraper.restarts_total, self.scraper.without_metrics, self.scraper.interval_s
             )
+        if self.cluster is not None:
+            yield from cluster_families(self.cluster, self._clock.now_s())
+        if self.leading is not None:
+            yield leader_family(self.leading)
         if self._pool is not None:
             yield from pool_families(self._pool, self._clock.now_s(), self._staleness_s)
 

@@ -59,6 +59,7 @@ def _labels(names: Sequence[str], values: Sequence[str]) -> str:
 
 
 def _number(number: float) -> str:
+    number = float(number)  # an int has no is_integer before Python 3.12
     if number.is_integer():
         return str(int(number))
     return repr(number) if isfinite(number) else _canonical(number)

@@ -19,7 +19,8 @@ from epp._pb import epp_ext_proc_pb2 as pb
 from epp.errors import BadRequestError, NotFoundError
 from epp.extproc import codec
 from epp.extproc.grpc_frames import framed
-from epp.extproc.h2 import HEALTH_CHECK, HEALTH_LIST, H2Connection
+from epp.extproc.h2 import H2Connection
+from epp.extproc.server import HEALTH_CHECK, HEALTH_LIST
 from epp.extproc.h2_policy import H2Limits, Shared
 from epp.extproc.health import Health
 from epp.extproc.messages import BodyMode, Event, Immediate, Reply
@@ -291,7 +292,7 @@ def connection(data: bytes) -> None:
         limits=H2Limits(message_bytes_max=1 << 16, stream_window_bytes=1 << 17, stream_queued_bytes_max=1 << 12, queued_bytes_max=1 << 14),
         session_limits=world.limits,
         clock=world.clock,
-        new_session=lambda: Session(world.director, world.limits, world.clock),
+        new_session=lambda _authority: Session(world.director, world.limits, world.clock),
         unary={HEALTH_CHECK: _health.check, HEALTH_LIST: _health.list},
     )
     made = H2Connection(shared)

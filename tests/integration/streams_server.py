@@ -36,7 +36,7 @@ async def main() -> None:
         session_limits=world.limits,
         limits=H2Limits(message_bytes_max=1 << 20),
         clock=world.clock,
-        new_session=lambda: Session(world.director, world.limits, world.clock),
+        new_session=lambda _authority: Session(world.director, world.limits, world.clock),
     )
     await server.start("127.0.0.1", 0)
     say(str(server.port))

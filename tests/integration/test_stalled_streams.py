@@ -151,7 +151,7 @@ async def test_a_peer_that_answers_pings_lives_though_it_is_asked_less_often_tha
             server.check_alive()
             if pings % 2:
                 await peer.until(lambda: peer.pings == (pings + 1) // 2, "a PING")  # noqa: B023 - awaited here
-                await eventually(lambda: next(iter(connections(server)))._last_read_s == world.clock.now_s(), "its answer")
+                await eventually(lambda: next(iter(connections(server)))._vigil._last_read_s == world.clock.now_s(), "its answer")
             assert connections(server), "it answered, so it lives"
 
 

@@ -26,7 +26,8 @@ from epp.extproc.messages import (
     StreamedBody,
     UnknownMessage,
 )
-from epp.extproc.session import CHUNK_BYTES_MAX, Session
+from epp.extproc.request_replies import CHUNK_BYTES_MAX
+from epp.extproc.session import Session
 from tests.builders import PATH, Core, chat, chat_of, core
 
 BODY_BYTES_MAX = 150_000

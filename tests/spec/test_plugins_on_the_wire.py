@@ -914,7 +914,7 @@ def test_of_endpoints_that_lack_the_model_nobody_asks_how_full_they_are() -> Non
     view = ModelsView()
     for number, models in ((1, {"m", "n"}), (2, {"n"}), (3, {"m"})):
         view.record(world.endpoint(number), frozenset(models))
-    world.director._models = view
+    world.director.candidates.models = view
     assert shed(request(world, headers=SHEDDABLE))
     assert routed(request(world, chat(model="n"), headers=SHEDDABLE)), "half full"
     unheard_of = request(world, chat(model="x"), headers=SHEDDABLE, subset=[ONE, THREE])

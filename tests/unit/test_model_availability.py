@@ -20,7 +20,7 @@ def served(world: Core, *models: set[str] | None) -> ModelsView:
     view = ModelsView()
     for number, names in enumerate(models, 1):
         view.record(world.endpoint(number), None if names is None else frozenset(names))
-    world.director._models = view
+    world.director.candidates.models = view
     return view
 
 
