@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines check lint proto fuzz bench clean
+.PHONY: demo test test-engines test-kubernetes test-monitoring test-image check lint proto fuzz bench image clean
 
 demo: $(VENV)/.demo ## the main job: simulated engines, the picker and a real Envoy under a chat workload
 	$(BIN)/epp demo $(DEMO_FLAGS)
@@ -16,6 +16,18 @@ test: $(VENV)/.dev ## every test, with coverage
 
 test-engines: $(VENV)/.dev ## against real vLLM, Triton, SGLang (installed on first use) and llama.cpp: tests/engines/README.md
 	$(BIN)/python -m pytest tests/engines $(PYTEST_FLAGS)
+
+test-kubernetes: $(VENV)/.dev ## against a real API server, by KUBE_APISERVER_DIR or TEST_KUBECONFIG: tests/kubernetes/README.md
+	$(BIN)/python -m pytest tests/kubernetes $(PYTEST_FLAGS)
+
+test-monitoring: $(VENV)/.dev ## a real Prometheus (fetched with apt-get on first use): every dashboard query, every alert
+	$(BIN)/python -m pytest tests/monitoring $(PYTEST_FLAGS)
+
+test-image: $(VENV)/.dev ## builds and runs the image without a daemon (root, buildah, debootstrap or EPP_IMAGE_BASE)
+	$(BIN)/python -m pytest tests/cluster $(PYTEST_FLAGS)
+
+image: ## the container image, with docker, podman or buildah: make image IMAGE=registry.example/epp:1
+	deploy/image/build.sh $(or $(IMAGE),envoy-endpoint-picker:dev) $(IMAGE_FLAGS)
 
 check: lint test ## what CI runs
 

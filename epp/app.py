@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import random
-import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+import ssl
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any
 
 from epp import __version__
 from epp.aio import forever
-from epp.clock import MonotonicClock
+from epp.clock import Clock, MonotonicClock
+from epp.cluster import Cluster, needs_cluster, pools_of
 from epp.config.options import MEBIBYTE, ServeOptions
 from epp.console.server import HttpServer
 from epp.datastore import Datastore
@@ -42,7 +42,8 @@ from epp.outliers import Outliers
 from epp.plugins.base import Plugin
 from epp.plugins.registry import Registry
 from epp.policy import Policy
-from epp.resources import Resources
+from epp.pools import Pools
+from epp.process import Signals, collect_rarely
 from epp.sources.config_file import ConfigFile
 from epp.sources.files import FileSource
 from epp.sources.resources import ResourcesFile
@@ -54,6 +55,8 @@ _log = logging.getLogger("epp.app")
 
 GRACE_S = 10.0
 """For streams in flight once the listener is closed."""
+FIRST_SYNC_S = 5.0
+"""Start-up waits at most this long for the API server; then it serves, NOT_SERVING to health until the pools are known."""
 FIRST_ROUND_S = 1.5
 """Start-up waits at most this long for a first reading of every endpoint."""
 TICK_S = 0.1
@@ -71,10 +74,8 @@ class Picker:
         """`fallbacks`: further endpoints to name after the best one, for a gateway known to take a list."""
         self.options = options
         clock, rng = MonotonicClock(), random.Random()  # noqa: S311 - breaking ties is no secret
-        self.health = Health()
         self.datastore = Datastore(clock)
         self.outliers = Outliers(self.datastore, clock)
-        self.resources = Resources(rng, pool_name=options.pool_name, pool_group=options.pool_group if options.pool_name else "")
         self.policy = Policy(
             self.datastore,
             Registry(),
@@ -89,10 +90,26 @@ class Picker:
             clock=clock, pool=self.datastore, staleness_s=options.metrics_staleness_threshold_s, build_ref=__version__, process=True
         )
         self.metrics.outliers = self.outliers
-        self.metrics.models.always = lambda: self.resources.names_rewritten
         self.director: Director | None = None
         self._files: list[WatchedFile] = []
-        self._read_files(options)
+        self._read_config(options)
+        endpoints_file = options.endpoints_file or self.policy.built.discovery_path
+        self.pools = Pools(pools_of(options, rng, named_here=bool(endpoints_file or options.endpoints)))
+        self.datastore.serve(self.pools.all[0].name, [pool.name for pool in self.pools] if self.pools.several else ())
+        self.resources = self.pools.all[0].resources
+        self.metrics.models.always = lambda: self.pools.names_rewritten
+        self.health = Health(
+            live=lambda: self.pools.live,
+            protocol_matches=lambda: all(self.policy.reads(pool.app_protocol) for pool in self.pools),
+            plugins_ready=self.policy.plugins_ready,
+        )
+        self._read_endpoints(options, endpoints_file)
+        self.cluster: Cluster | None = None
+        if needs_cluster(options, self.pools.all):
+            self.cluster = Cluster(options, self.pools.all, self.datastore, clock, rng, leading=self._leading, limit_hit=self._limit_hit)
+            self.metrics.cluster = self.cluster.source
+            if self.cluster.elector is not None:
+                self._leading(leading=False)
         plugins = self.policy.built.plugins
         try:
             self._fetching, self._families = fetch_options(plugins, options.model_server_token_file), Families(plugins)
@@ -113,6 +130,8 @@ class Picker:
         self.metrics.scraper = self.scraper
         self.models = ModelsPoller(self.datastore, self._fetcher, rng=rng)
         self.metrics.polls = {"metrics-data-source": self.scraper} | {_SOURCE_TYPES.get(each.what, each.what): each for each in self._files}
+        if self.metrics.cluster is not None:
+            self.metrics.polls |= {"kubernetes": self.metrics.cluster}
         decisions = Decisions(clock, options.debug_decisions) if options.debug_decisions else None
         self.director = Director(
             self.datastore,
@@ -121,6 +140,7 @@ class Picker:
             self.metrics,
             clock,
             resources=self.resources,
+            pools=self.pools,
             outliers=self.outliers,
             subset_filter=not options.disable_endpoint_subset_filter,
             test_headers=options.enable_test_headers,
@@ -136,6 +156,11 @@ class Picker:
             header_count_max=options.max_header_count,
             decision_s=options.decision_timeout_s,
         )
+        self._reloaders: list[tls.Reloader] = []
+        self._make_servers(options, clock, self.director, decisions)
+
+    def _make_servers(self, options: ServeOptions, clock: Clock, director: Director, decisions: Decisions | None) -> None:
+        """The three ports. Raises ConfigError or StartError."""
         limits = H2Limits(
             message_bytes_max=options.max_body_bytes + MEBIBYTE,
             streams_max=options.max_streams,
@@ -143,10 +168,11 @@ class Picker:
             keepalive_s=options.keepalive_s,
         )
 
-        director = self.director
+        pools = self.pools
 
-        def new_session() -> Session:
-            return Session(director, self.session_limits, clock)
+        def new_session(authority: bytes) -> Session:
+            pool = pools.of(authority.decode("latin-1")) if pools.several else ""
+            return Session(director, self.session_limits, clock, pool)
 
         if options.client_ca_file and not options.secure_serving:
             raise ConfigError("command line", [Problem("--client-ca-file", "needs TLS: leave --secure-serving on")])
@@ -171,13 +197,13 @@ class Picker:
                 new_session=new_session,
                 tls=tls.server_context(pair, client_ca_file=options.client_ca_file) if pair else None,
             )
-        self._reloader = None
         if pair is not None and options.cert_path and options.enable_cert_reload:
-            self._reloader = tls.Reloader(options.cert_path, pair, self.ext_proc.present)
+            self._reloaders.append(tls.Reloader(options.cert_path, pair, self.ext_proc.present))
         self.health_server = H2Server(health=self.health, session_limits=self.session_limits, limits=limits, clock=clock)
+        reviewer = self.cluster.reviewer if self.cluster is not None else None
         self.http = HttpServer(
             self.metrics,
-            self.director,
+            director,
             decisions,
             self._plugins,
             datastore=self.datastore,
@@ -185,20 +211,37 @@ class Picker:
             debug=options.enable_debug_endpoints,
             admin_token=self._admin_token,
             listen_problem=listen_problem,
+            authorize=reviewer.allowed if reviewer is not None else None,
+            tls=self._metrics_tls(options),
         )
 
-    def _read_files(self, options: ServeOptions) -> None:
-        """Everything that comes from a file, for the first time. Raises ConfigError."""
+    def _metrics_tls(self, options: ServeOptions) -> ssl.SSLContext | None:
+        """For the metrics port; its certificate is read again when it is renewed. Raises StartError."""
+        if not options.metrics_cert_dir:
+            return None
+        flag = "--metrics-cert-dir"
+        pair = tls.load(options.metrics_cert_dir, flag=flag)
+        context = tls.server_context(
+            pair, client_ca_file=options.metrics_client_ca_file, client_ca_flag="--metrics-client-ca-file", protocol="http/1.1"
+        )
+        self._reloaders.append(tls.Reloader(options.metrics_cert_dir, pair, lambda renewed: tls.use(context, renewed), flag=flag))
+        return context
+
+    def _read_config(self, options: ServeOptions) -> None:
+        """The policy, for the first time. Raises ConfigError."""
         if options.config_file and options.config_text:
             raise ConfigError("command line", [Problem("--config-file", "can't be used together with --config-text")])
         if options.config_file:
+            self.metrics.config_reloads.update(applied=0, rejected=0)  # a counter born with its first count hides that one from `increase`
             config = ConfigFile(Path(options.config_file), self.policy.apply, self.metrics.config_reloads)
             config.load()
             if options.config_reload:
                 self._files.append(config)
         else:
             self.policy.apply(options.config_text, "--config-text")
-        endpoints_file = options.endpoints_file or self.policy.built.discovery_path
+
+    def _read_endpoints(self, options: ServeOptions, endpoints_file: str) -> None:
+        """Model servers and resources that flags and files name. Raises ConfigError."""
         if endpoints_file:
             if options.endpoints:
                 raise ConfigError("command line", [Problem("--endpoint", "can't be used together with --endpoints-file or file-discovery")])
@@ -206,12 +249,12 @@ class Picker:
             self._files[-1].load()
         elif options.endpoints:
             self.datastore.apply(parse_endpoints(options.endpoints))
-        elif options.pool_name or options.endpoint_selector:
-            flag = "--pool-name" if options.pool_name else "--endpoint-selector"
-            message = "watching Kubernetes is not supported by this version yet; name the endpoints with --endpoint or --endpoints-file"
-            raise ConfigError("command line", [Problem(flag, message)])
-        else:
-            raise ConfigError("command line", [Problem("--endpoint", "at least one, or --endpoints-file, is needed")])
+        elif not (options.pool_names or options.endpoint_selector):
+            message = "at least one, or --endpoints-file, or in a cluster --pool-name or --endpoint-selector, is needed"
+            raise ConfigError("command line", [Problem("--endpoint", message)])
+        elif options.pool_names and options.resources_file:
+            message = "can't be used together with --pool-name: the cluster has these objects"
+            raise ConfigError("command line", [Problem("--resources-file", message)])
         if options.resources_file:
             self._files.append(ResourcesFile(Path(options.resources_file), self.resources))
             self._files[-1].load()
@@ -244,20 +287,19 @@ class Picker:
             stack.push_async_callback(self.http.stop)
             await self.health_server.start(host, options.grpc_health_port)
             stack.push_async_callback(self.health_server.stop, 0)
-            await self.scraper.first_round(FIRST_ROUND_S)
-            await self.ext_proc.start(host, options.grpc_port)
+            if self.cluster is not None:
+                stack.push_async_callback(self.cluster.close)
             async with asyncio.TaskGroup() as tasks:
-                loops = [self.scraper.run(), self.ext_proc.run(), self.health_server.run(), forever(self._tick, TICK_S)]
-                loops += [source.run() for source in self._files]
-                if options.check_models:
-                    loops.append(self.models.run())
-                if self._reloader is not None:
-                    loops.append(forever(self._reloader.once, tls.RELOAD_S))
-                running = [tasks.create_task(loop) for loop in loops]
-                self.health.ready = True
-                _collect_rarely()
-                self._log_ready()
+                running = [tasks.create_task(loop) for loop in self.cluster.loops()] if self.cluster is not None else []
                 try:
+                    if self.cluster is not None:
+                        await self.cluster.first_sync(FIRST_SYNC_S)
+                    await self.scraper.first_round(FIRST_ROUND_S)
+                    await self.ext_proc.start(host, options.grpc_port)
+                    running += [tasks.create_task(loop) for loop in self._loops()]
+                    self.health.ready = True
+                    collect_rarely()
+                    self._log_ready()
                     yield
                 except StartError as error:  # kept out of the task group, which would wrap it
                     failure = error
@@ -268,12 +310,26 @@ class Picker:
         if failure is not None:
             raise failure
 
+    def _loops(self) -> Iterator[Coroutine[Any, Any, None]]:
+        yield self.scraper.run()
+        yield self.ext_proc.run()
+        yield self.health_server.run()
+        yield forever(self._tick, TICK_S)
+        for source in self._files:
+            yield source.run()
+        if self.options.check_models:
+            yield self.models.run()
+        for reloader in self._reloaders:
+            yield forever(reloader.once, tls.RELOAD_S)
+
     async def drain(self, hurry: asyncio.Event) -> None:
-        """Say NOT_SERVING and go on serving for the drain time, or until told to hurry."""
+        """Say NOT_SERVING, let another replica lead, and go on serving for the drain time, or until told to hurry."""
         self.health.draining = True
         _log.info("draining", extra={"fields": {"seconds": self.options.drain_timeout_s}})
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.options.drain_timeout_s):
+                if self.cluster is not None:
+                    await self.cluster.step_down()
                 await hurry.wait()
 
     def _admin_token(self) -> str:
@@ -300,6 +356,10 @@ class Picker:
         self.policy.tick()
         self.outliers.tick()
 
+    def _leading(self, leading: bool) -> None:
+        self.health.leading = leading
+        self.metrics.leading = leading
+
     def _limit_hit(self, name: str) -> None:
         self.metrics.limit_hits[name] += 1
 
@@ -317,33 +377,6 @@ class Picker:
         _log.info("serving", extra={"fields": fields})
 
 
-class Signals:
-    """SIGTERM and SIGINT as events: `stop` at the first, `hurry` at the second, and at once for SIGINT."""
-
-    def __init__(self) -> None:
-        self.stop = asyncio.Event()
-        self.hurry = asyncio.Event()
-        self.exit_code = 0
-
-    def __enter__(self) -> Self:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._received, number)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-
-    def _received(self, number: signal.Signals) -> None:
-        if self.stop.is_set() or number == signal.SIGINT:
-            self.hurry.set()
-        if number == signal.SIGINT:
-            self.exit_code = 130  # what a shell expects of a program ended by Ctrl-C
-        self.stop.set()
-
-
 async def serve(options: ServeOptions) -> int:
     """`epp serve`: the picker alone, until told to stop. Returns the exit code."""
     picker = Picker(options)
@@ -352,22 +385,3 @@ async def serve(options: ServeOptions) -> int:
             await signals.stop.wait()
             await picker.drain(signals.hurry)
     return 0
-
-
-def run(main: Callable[[], Coroutine[None, None, int]]) -> int:
-    """Run a coroutine function on uvloop where it is installed, else on asyncio's loop."""
-    try:
-        import uvloop  # noqa: PLC0415 - optional
-    except ImportError:
-        factory = None
-    else:
-        factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(main())
-
-
-def _collect_rarely() -> None:
-    """What start-up made lives as long as the process: keep the garbage collector from walking it again and again."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)

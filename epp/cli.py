@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from epp import __version__
 from epp.config.options import add_picker_arguments, add_serve_arguments, ignored_flags, port, serve_options
 from epp.demo import add_demo_arguments
+from epp.doctor import DESCRIPTION as DOCTOR
+from epp.doctor import add_doctor_arguments
 from epp.envoy import add_envoy_arguments
 from epp.errors import ConfigError, StartError
 from epp.explain import DESCRIPTION as EXPLAIN
@@ -19,6 +21,8 @@ from epp.observe import logs
 from epp.offline import add_config_arguments
 from epp.sim.options import add_sim_arguments
 
+_OWN_FLAGS = frozenset({"-h", "--help", "--version"})
+"""Of `epp` itself, without a command."""
 DESCRIPTION = "Which model server should take this prompt? An Envoy ext_proc endpoint picker for LLM inference."
 
 
@@ -29,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser(
         "serve",
+        allow_abbrev=False,  # as Go's flags: a later flag would make a prefix ambiguous
         help="the picker alone, for a gateway that exists or a load generator",
         description="Serve ext_proc for an existing gateway. Example: epp serve --endpoint 10.0.0.5:8000 --endpoint 10.0.0.6:8000",
     )
@@ -61,6 +66,15 @@ def parser() -> argparse.ArgumentParser:
     )
     add_explain_arguments(explain)
     explain.set_defaults(run=_explain)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is wrong with this picker, gateway or cluster?",
+        description=DOCTOR,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_doctor_arguments(doctor)
+    doctor.set_defaults(run=_doctor)
 
     check = commands.add_parser(
         "check", help="is this EndpointPickerConfig right?", description="Check a configuration; every fault is listed with its path."
@@ -97,8 +111,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def with_command(argv: Sequence[str]) -> Sequence[str]:
+    """Flags without a command are those of `epp serve`: manifests of the reference picker give its image nothing else."""
+    return ("serve", *argv) if argv and argv[0].startswith("-") and argv[0] not in _OWN_FLAGS else argv
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parser().parse_args(with_command(sys.argv[1:] if argv is None else argv))
     if "verbosity" in args:
         logs.setup(verbosity=args.verbosity, encoder=args.zap_encoder)
     try:
@@ -125,7 +144,8 @@ def _add_up_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from epp.app import run, serve
+    from epp.app import serve
+    from epp.process import run
 
     options = serve_options(args)
     for warning in ignored_flags(args):
@@ -134,14 +154,14 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _up(args: argparse.Namespace) -> int:
-    from epp.app import run
+    from epp.process import run
     from epp.up import up
 
     return run(lambda: up(args))
 
 
 def _envoy_config(args: argparse.Namespace) -> int:
-    from epp.app import run
+    from epp.process import run
     from epp.up import print_envoy_config
 
     return run(lambda: print_envoy_config(args))
@@ -151,6 +171,13 @@ def _explain(args: argparse.Namespace) -> int:
     from epp.explain import explain
 
     return explain(args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from epp.doctor.runner import run_doctor
+    from epp.process import run
+
+    return run(lambda: run_doctor(args))
 
 
 def _offline(command: str) -> Callable[[argparse.Namespace], int]:
@@ -163,7 +190,7 @@ def _offline(command: str) -> Callable[[argparse.Namespace], int]:
 
 
 def _sim(args: argparse.Namespace) -> int:
-    from epp.app import run
+    from epp.process import run
     from epp.sim.options import sim_options
     from epp.sim.server import serve_engines
 
@@ -175,7 +202,7 @@ def _sim(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from epp.app import run
     from epp.demo.runner import run_demo
+    from epp.process import run
 
     return run(lambda: run_demo(args))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
+import ssl
 import sys
 import urllib.error
 import urllib.request
@@ -14,6 +16,7 @@ from typing import Any
 from epp.errors import ConfigError, Problem, StartError
 
 TIMEOUT_S = 10.0
+ERROR_BYTES_MAX = 1 << 20
 DESCRIPTION = """\
 Ask a running picker where a request would go now, and why. Nothing is sent to an engine, nothing is charged or counted.
 
@@ -21,6 +24,9 @@ Ask a running picker where a request would go now, and why. Nothing is sent to a
   epp explain -d @request.json --path /v1/completions -H 'x-session-id: 7'
   kubectl port-forward deploy/my-epp 9090 & epp explain -d @request.json
   epp explain --last 5                    the last five decisions it really made
+
+A guarded metrics port wants a token whose owner may `get` and `post` the nonResourceURLs /debug/*:
+  kubectl create token my-account > token; epp explain --token-file token --last 5
 
 Columns are the scorers with their weights; scores are in [0, 1] before the weight, TOTAL is the weighted sum, * marks the pick."""
 
@@ -33,19 +39,29 @@ def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subset", metavar="IP[:PORT],...", help="endpoints the gateway would allow")
     parser.add_argument("--last", type=int, metavar="N", help="instead: the last N decisions made for real requests")
     parser.add_argument("--json", action="store_true", help="the answer as it came")
+    access = parser.add_argument_group("a guarded port")
+    access.add_argument("--token-file", default="", metavar="FILE", help="bearer token to show")
+    access.add_argument("--ca-file", default="", metavar="FILE", help="authority of its certificate (default: the system's)")
+    access.add_argument(
+        "--tls-server-name", default="", metavar="NAME", help="the name in its certificate, if that is not the host of --url"
+    )
+    access.add_argument(
+        "--client-cert-file", default="", metavar="FILE", help="certificate to show, for a port with --metrics-client-ca-file"
+    )
+    access.add_argument("--client-key-file", default="", metavar="FILE", help="its key (default: in the same file)")
 
 
 def explain(args: argparse.Namespace) -> int:
     """Exit code 0; 1 if the request would be refused."""
-    base = args.url.rstrip("/")
+    picker = _Picker(args)
     if args.last is not None:
-        answer = _ask(f"{base}/debug/decisions?limit={max(0, args.last)}")
+        answer = picker.ask(f"/debug/decisions?limit={max(0, args.last)}")
         tables: list[dict[str, Any]] = answer["decisions"]
     else:
         asked = {"path": args.path, "headers": _headers(args.header), "body": _body(args.data)}
         if args.subset is not None:
             asked["subset"] = [part.strip() for part in args.subset.split(",") if part.strip()]
-        answer = _ask(f"{base}/debug/explain", asked)
+        answer = picker.ask("/debug/explain", asked)
         tables = [answer]
     if args.json:
         sys.stdout.write(json.dumps(answer, indent=2) + "\n")
@@ -101,25 +117,136 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
         yield ("  " + "  ".join(cells)).rstrip()
 
 
-def _ask(url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError("command line", [Problem("--url", f"{url!r} is not an http or https address")])
-    data = None if body is None else json.dumps(body).encode()
-    try:
-        request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})  # noqa: S310 - checked above
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310 - as above
-            answer = json.load(response)
-    except urllib.error.HTTPError as error:
+class _Picker:
+    """The metrics port of a picker, and what it takes to be let in there."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Raises ConfigError."""
+        self._base = args.url.rstrip("/")
+        if not self._base.startswith(("http://", "https://")):
+            raise _wrong("--url", f"{args.url!r} is not an http or https address")
+        self._headers = {"Content-Type": "application/json"}
+        if args.token_file:
+            self._headers["Authorization"] = f"Bearer {_token(args.token_file)}"
+        handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
+        if self._base.startswith("https://"):
+            handlers.append(_Https(_context(args), args.tls_server_name))
+        else:
+            for flag in ("ca_file", "tls_server_name", "client_cert_file", "client_key_file"):
+                if getattr(args, flag):
+                    raise _wrong(f"--{flag.replace('_', '-')}", "is for an https address: give --url https://...")
+        self._opener = urllib.request.build_opener(*handlers)
+
+    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Raises StartError."""
+        url = self._base + path
+        data = None if body is None else json.dumps(body).encode()
         try:
-            reason = json.load(error)["error"]
-        except (ValueError, KeyError, TypeError):
-            reason = "is this a picker's metrics port, with its debug paths on?"
-        raise StartError(f"{url} answered {error.code}: {reason}") from None
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise StartError(f"no picker answers at {url}: {getattr(error, 'reason', error)}") from None
-    if not isinstance(answer, dict):
-        raise StartError(f"{url} is no picker: it answered {type(answer).__name__}")
-    return answer
+            request = urllib.request.Request(url, data=data, headers=self._headers)  # noqa: S310 - http or https
+            with self._opener.open(request, timeout=TIMEOUT_S) as response:
+                answer = json.load(response)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise StartError(f"{url} answered {error.code}: {_said(error)}{_hint(error.code)}") from None
+        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
+            raise StartError(f"no picker answers at {url}: {_why(error, https=url.startswith('https:'))}") from None
+        if not isinstance(answer, dict):
+            raise StartError(f"{url} is no picker: it answered {type(answer).__name__}")
+        return answer
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A token is for whom it was given to."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+class _Https(urllib.request.HTTPSHandler):
+    """With a name of its own for the certificate: a forwarded port is 127.0.0.1, its certificate a Service's."""
+
+    def __init__(self, context: ssl.SSLContext, server_name: str) -> None:
+        super().__init__(context=context)
+        self._tls = context
+        self._server_name = server_name
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        tls, server_name = self._tls, self._server_name
+
+        class Connection(http.client.HTTPSConnection):
+            def connect(self) -> None:
+                http.client.HTTPConnection.connect(self)
+                host = getattr(self, "_tunnel_host", None) or self.host  # through a proxy, host is the proxy
+                self.sock = tls.wrap_socket(self.sock, server_hostname=server_name or host)
+
+        return self.do_open(Connection, request)
+
+
+def _context(args: argparse.Namespace) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=args.ca_file or None)
+    except (OSError, ssl.SSLError) as error:
+        raise _wrong("--ca-file", f"{args.ca_file} can't be used: {error.strerror or error}") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if args.client_key_file and not args.client_cert_file:
+        raise _wrong("--client-key-file", "needs --client-cert-file")
+    if args.client_cert_file:
+        try:
+            context.load_cert_chain(args.client_cert_file, args.client_key_file or None)
+        except (OSError, ssl.SSLError) as error:
+            raise _wrong("--client-cert-file", f"{args.client_cert_file} can't be used: {error.strerror or error}") from None
+    return context
+
+
+def _token(path: str) -> str:
+    try:
+        token = Path(path).read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise _wrong("--token-file", f"{path} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise _wrong("--token-file", f"{path} holds no token") from None
+    if not token or not token.isprintable() or " " in token:
+        raise _wrong("--token-file", f"{path} holds no token")
+    return token
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    try:
+        reason = json.loads(error.read(ERROR_BYTES_MAX))["error"]
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        reason = None
+    return reason if isinstance(reason, str) else "is this a picker's metrics port, with its debug paths on?"
+
+
+def _hint(status: int) -> str:
+    """What to do about an answer, where the answer does not say."""
+    if status == http.client.UNAUTHORIZED:
+        return "; give --token-file a fresh token, as of `kubectl create token`"
+    if status == http.client.FORBIDDEN:
+        return "; the token's owner needs the verbs get and post on the nonResourceURLs /debug/*"
+    return ""
+
+
+def _why(error: Exception, *, https: bool) -> str:
+    """What went wrong on the way, and what to do about it."""
+    reason = getattr(error, "reason", error)  # an URLError's; an SSLError has one too, a word in capitals
+    cause = reason if isinstance(reason, Exception) else error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"{cause.verify_message}; give --ca-file its authority, --tls-server-name the name in its certificate"
+    if isinstance(cause, ssl.SSLError):
+        if cause.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
+            return f"{cause.reason}; it speaks plain HTTP: give --url http://..."
+        return f"{cause.reason or cause}; if it asks for a client's certificate, give --client-cert-file"
+    if isinstance(cause, ConnectionRefusedError):
+        return f"{reason}; in a cluster: kubectl port-forward deploy/NAME 9090"
+    if isinstance(cause, http.client.BadStatusLine | ConnectionResetError):
+        what = "asks for a client's certificate, give --client-cert-file" if https else "speaks TLS, give --url https://..."
+        return f"{cause or 'it closed the connection'}; if it {what}"
+    return str(reason)
+
+
+def _wrong(flag: str, message: str) -> ConfigError:
+    return ConfigError("command line", [Problem(flag, message)])
 
 
 def _headers(given: Sequence[str]) -> dict[str, str]:
@@ -127,7 +254,7 @@ def _headers(given: Sequence[str]) -> dict[str, str]:
     for each in given:
         name, colon, value = each.partition(":")
         if not colon or not name.strip():
-            raise ConfigError("command line", [Problem("--header", f"{each!r} is not 'NAME: VALUE'")])
+            raise _wrong("--header", f"{each!r} is not 'NAME: VALUE'")
         headers[name.strip().lower()] = value.strip()
     return headers
 
@@ -138,4 +265,4 @@ def _body(given: str | None) -> str | None:
     try:
         return sys.stdin.read() if given == "@-" else Path(given[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("command line", [Problem("--data", f"{given[1:]} can't be read: {error}")]) from None
+        raise _wrong("--data", f"{given[1:]} can't be read: {error}") from None

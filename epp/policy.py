@@ -58,6 +58,7 @@ class Policy:
         self._fallbacks = fallbacks
         self._changed = changed
         self._in_service = False
+        self._ready: list[Callable[[], bool]] = []
         self._leaving: list[PrefixIndex] = []
         """Indexes of plugins no longer in service that still have blocks of gone endpoints to forget."""
         self._warned: set[str] = set()
@@ -81,6 +82,7 @@ class Policy:
                 self._warned.add(warning)
                 _log.warning(warning, extra={"fields": {"source": source}})
         self.built = built
+        self._ready = built.hooks("ready")
         parsers = built.parsers()
         if parsers:
             self.routes = Routes(parsers, unknown_paths_ok=self._unknown_paths_ok)
@@ -92,6 +94,21 @@ class Policy:
         else:
             self._exchanged(before, built)
         self._changed()
+
+    def plugins_ready(self) -> bool:
+        """Whether every plugin that has a say in it (hook `ready`) is ready for requests; one that fails to say is not."""
+        for ready in self._ready:
+            try:
+                if not ready():
+                    return False
+            except Exception:  # noqa: BLE001 - see above
+                _log.exception("a plugin's hook failed")
+                return False
+        return True
+
+    def reads(self, app_protocol: str) -> bool:
+        """Whether some parser reads requests of pools with this `appProtocol`; empty: not said."""
+        return not app_protocol or app_protocol in self.routes.protocols
 
     def tick(self) -> None:
         """A slice of forgetting; call it from a periodic loop."""

@@ -7,12 +7,13 @@ import asyncio
 import dataclasses
 import sys
 
-from epp.app import Picker, Signals
+from epp.app import Picker
 from epp.config.options import ServeOptions, serve_options
 from epp.envoy import Destination, EnvoyOptions, envoy_options
 from epp.envoy.bootstrap import render
 from epp.envoy.supervisor import EnvoyProcess
 from epp.errors import ConfigError, Problem, StartError
+from epp.process import Signals
 from epp.sources.static import parse_endpoints
 from epp.types import Address
 

@@ -25,17 +25,13 @@ class _Inert(NamedTuple):
 
 
 _SWITCHES = (
-    _Inert("--ha-enable-leader-election", "there is no leader election: every replica serves", (False,)),
     _Inert("--tracing", "no traces are emitted", (False,)),
-    _Inert("--metrics-endpoint-auth", "/metrics does not ask who reads it; keep --metrics-port inside the cluster", (False,)),
     _Inert("--enable-pprof", "pprof belongs to Go; there is no such page", (False,)),
     _Inert("--enable-grpc-stream-metrics", "the extproc_stream metrics are not collected", (False,)),
     _Inert("--zap-devel", "there is one mode; for lines to read, --zap-encoder=console", (False,)),
     _Inert("--model-server-metrics-https-insecure-skip-verify", "give metrics-data-source the parameter insecureSkipVerify", (True,)),
 )
 _TEXTS = (
-    _Inert("--metrics-client-ca-file", "/metrics is plain HTTP and asks for no certificate; keep --metrics-port inside the cluster", ("",)),
-    _Inert("--metrics-cert-dir", "/metrics is plain HTTP; keep --metrics-port inside the cluster", ("",)),
     _Inert("--tls-min-version", "TLS 1.2 is the minimum", ("", "VersionTLS12")),
     _Inert("--tls-cipher-suites", "the cipher suites are OpenSSL's defaults", ("",)),
     _Inert("--zap-stacktrace-level", "stack traces come with every unforeseen error"),

@@ -17,6 +17,8 @@ from epp.errors import ConfigError, Problem
 __all__ = ["MEBIBYTE", "ServeOptions", "add_picker_arguments", "add_serve_arguments", "ignored_flags", "port", "serve_options"]
 
 MEBIBYTE = 1 << 20
+POOLS_MAX = 64
+"""Pools of one picker."""
 TARGET_PORTS_MAX = 8
 """Ports of one model server, as in an InferencePool."""
 
@@ -29,10 +31,18 @@ class ServeOptions:
     endpoints_file: str = ""
     resources_file: str = ""
     """InferenceObjectives and InferenceModelRewrites."""
-    pool_name: str = ""
+    pool_names: tuple[str, ...] = ()
     pool_namespace: str = ""
     """Empty: the environment's NAMESPACE, else `default`."""
     pool_group: str = "inference.networking.k8s.io"
+    kubeconfig: str = ""
+    """Empty: the pod's service account, else the environment's KUBECONFIG, else ~/.kube/config."""
+    kube_context: str = ""
+    ha_enable_leader_election: bool = False
+    metrics_endpoint_auth: bool | None = None
+    """None: where the pool comes from Kubernetes."""
+    metrics_cert_dir: str = ""
+    metrics_client_ca_file: str = ""
     endpoint_selector: str = ""
     endpoint_target_ports: tuple[int, ...] = ()
     config_file: str = ""
@@ -125,6 +135,7 @@ def serve_options(args: argparse.Namespace) -> ServeOptions:
         raise ConfigError("command line", problems)
     names: dict[str, Any] = {
         "endpoints": tuple(args.endpoint),
+        "pool_names": tuple(dict.fromkeys(name for name in given.get("pool_names") or () if name)),
         "endpoint_target_ports": tuple(dict.fromkeys(given.get("endpoint_target_ports") or ())),
         "refresh_metrics_interval_s": args.refresh_metrics_interval,
         "metrics_staleness_threshold_s": args.metrics_staleness_threshold,
@@ -141,7 +152,9 @@ def _clashes(given: Mapping[str, Any]) -> list[Problem]:
     """Flags that can't be used together, or one without the other."""
     problems = []
     ports = dict.fromkeys(given.get("endpoint_target_ports") or ())
-    if given.get("pool_name") and given.get("endpoint_selector"):
+    if len(given.get("pool_names") or ()) > POOLS_MAX:
+        problems.append(Problem("--pool-name", f"at most {POOLS_MAX} pools, not {len(given['pool_names'])}"))
+    if any(given.get("pool_names") or ()) and given.get("endpoint_selector"):
         problems.append(Problem("--pool-name", "can't be used together with --endpoint-selector"))
     if given.get("endpoint_selector") and not ports:
         problems.append(Problem("--endpoint-selector", "needs --endpoint-target-ports"))
@@ -149,7 +162,7 @@ def _clashes(given: Mapping[str, Any]) -> list[Problem]:
         problems.append(Problem("--endpoint-target-ports", f"at most {TARGET_PORTS_MAX} ports, not {len(ports)}"))
     if given.get("metrics_client_ca_file") and not given.get("metrics_cert_dir"):
         problems.append(Problem("--metrics-client-ca-file", "needs --metrics-cert-dir"))
-    if given.get("metrics_cert_dir") and not given.get("metrics_client_ca_file") and not given.get("metrics_endpoint_auth", True):
+    if given.get("metrics_cert_dir") and not given.get("metrics_client_ca_file") and given.get("metrics_endpoint_auth") is False:
         problems.append(Problem("--metrics-cert-dir", "needs --metrics-client-ca-file or --metrics-endpoint-auth"))
     return problems
 
@@ -250,8 +263,15 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_kubernetes(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("Kubernetes", "model servers found there come with a later version; until then, name them above")
-    group.add_argument("--pool-name", default="", metavar="NAME", help="the InferencePool whose model servers to choose among")
+    group = parser.add_argument_group("Kubernetes", "model servers found in a cluster, in the place of --endpoint")
+    group.add_argument(
+        "--pool-name",
+        dest="pool_names",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the InferencePool whose model servers to choose among; repeat to serve several pools with one picker",
+    )
     group.add_argument("--pool-namespace", default="", metavar="NAME", help="its namespace (default: $NAMESPACE, else default)")
     group.add_argument("--pool-group", default="inference.networking.k8s.io", metavar="GROUP", help="its API group (default: %(default)s)")
     group.add_argument(
@@ -264,6 +284,18 @@ def _add_kubernetes(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         metavar="PORT,...",
         help=f"the selected pods' ports, each an endpoint of its own; up to {TARGET_PORTS_MAX}",
+    )
+    group.add_argument(
+        "--kubeconfig",
+        default="",
+        metavar="FILE",
+        help="how to reach the API server (default: the pod's service account, else $KUBECONFIG, else ~/.kube/config)",
+    )
+    group.add_argument("--kube-context", default="", metavar="NAME", help="the kubeconfig's context (default: its current one)")
+    _switch(
+        group,
+        "--ha-enable-leader-election",
+        "with several replicas only the holder of a Lease says it is ready; all keep the pool in view and answer who asks",
     )
 
 
@@ -280,6 +312,27 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     _switch(group, "--enable-cert-reload", "present a renewed certificate from --cert-path without a restart", on=True)
     group.add_argument(
         "--client-ca-file", default="", metavar="FILE", help="on the ext_proc port, take only clients with a certificate of this authority"
+    )
+    group.add_argument(
+        "--metrics-endpoint-auth",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=None,
+        metavar="BOOL",
+        help="on the metrics port, ask the API server who the bearer token is and whether it may read (default: true in a cluster)",
+    )
+    group.add_argument(
+        "--metrics-cert-dir",
+        default="",
+        metavar="DIR",
+        help="TLS on the metrics port: directory with tls.crt and tls.key (default: plain HTTP)",
+    )
+    group.add_argument(
+        "--metrics-client-ca-file",
+        default="",
+        metavar="FILE",
+        help="on the metrics port, take only clients with a certificate of this authority; needs --metrics-cert-dir",
     )
     _switch(group, "--health-checking", "accepted; health is always served on the ext_proc port too", on=True)
     group.add_argument(

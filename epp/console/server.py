@@ -8,15 +8,16 @@
     GET  /drain                     who is going away
     POST /drain?endpoint=E          no new request for that endpoint (name, namespace/name or address); DELETE takes the mark away
 
-`/drain` is for callers on this machine, and for those with the token of `--admin-token-file`.
-Whoever reaches `/debug/explain` can find out whether a prompt's prefix is cached: keep the port inside the cluster, or turn the debug
-paths off (`--enable-debug-endpoints=false`). Not here: what the answers say (director, decisions).
+`/drain` is for callers on this machine, and for those with the token of `--admin-token-file`; on a guarded port for those with that
+token, and for those the guard lets pass.
+Whoever reaches `/debug/explain` can find out whether a prompt's prefix is cached: guard the port, keep it inside the cluster, or turn
+the debug paths off (`--enable-debug-endpoints=false`). Not here: what the answers say (director, decisions), who may ask (guard).
 """
 
 from __future__ import annotations
 
-import hmac
 import logging
+import ssl
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from epp.console.guard import DRAIN, Authorize, bearer, guard, same
 from epp.datastore import Datastore
 from epp.decisions import Decisions
 from epp.director import Director
@@ -72,8 +74,13 @@ class HttpServer:
         debug: bool,
         admin_token: Callable[[], str],
         listen_problem: Callable[[str | None, int, OSError], str],
+        authorize: Authorize | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        """`engine`: the family an endpoint's engine is of. `admin_token`: asked for with every use, so that it can be renewed; empty: there is none."""
+        """`engine`: the family an endpoint's engine is of. `admin_token`: asked for with every use, so that it can be renewed; empty: there is none.
+
+        `authorize`: asked before every request; None: everybody may. `tls`: None for plain HTTP; may require certificates of clients.
+        """
         self._metrics = metrics
         self._director = director
         self._decisions = decisions
@@ -82,11 +89,13 @@ class HttpServer:
         self._engine = engine
         self._admin_token = admin_token
         self._listen_problem = listen_problem
-        app = web.Application(client_max_size=EXPLAIN_BYTES_MAX)
+        self._guarded = authorize is not None
+        self._tls = tls
+        app = web.Application(client_max_size=EXPLAIN_BYTES_MAX, middlewares=[guard(authorize, admin_token)] if authorize else [])
         app.router.add_get("/metrics", self._get_metrics)
-        app.router.add_get("/drain", self._get_draining)
-        app.router.add_post("/drain", self._set_draining)
-        app.router.add_delete("/drain", self._set_draining)
+        app.router.add_get(DRAIN, self._get_draining)
+        app.router.add_post(DRAIN, self._set_draining)
+        app.router.add_delete(DRAIN, self._set_draining)
         if debug:
             app.router.add_get("/debug/decisions", self._get_decisions)
             app.router.add_get("/debug/endpoints", self._get_endpoints)
@@ -99,7 +108,7 @@ class HttpServer:
         """Raises StartError if the port can't be had."""
         await self._runner.setup()
         try:
-            site = web.TCPSite(self._runner, host, port)
+            site = web.TCPSite(self._runner, host, port, ssl_context=self._tls)
             await site.start()
         except OSError as error:
             await self._runner.cleanup()
@@ -190,11 +199,9 @@ class HttpServer:
         return await self._get_draining(request)
 
     def _may_administer(self, request: web.Request) -> bool:
-        if request.remote in ("127.0.0.1", "::1"):  # not all of 127/8: sidecar proxies forward from other addresses in it
+        if self._guarded or request.remote in ("127.0.0.1", "::1"):  # not all of 127/8: sidecar proxies forward from other addresses in it
             return True
-        token = self._admin_token()
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        return bool(token) and hmac.compare_digest(given.encode(errors="surrogateescape"), token.encode())
+        return same(bearer(request), self._admin_token())
 
 
 def _finite(age_s: float) -> float | None:

@@ -1,12 +1,16 @@
-"""TLS for the ext_proc port: a given certificate, or a self-signed one made at start (nobody verifies it: protocol rule 13)."""
+"""TLS for the ports: a given certificate, or for ext_proc a self-signed one made at start (nobody verifies it: protocol rule 13).
+
+The ext_proc port speaks HTTP/2, the metrics port (`--metrics-cert-dir`) HTTP/1.1; who calls says which flags to name in an error.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import logging
+import os
 import ssl
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +36,13 @@ class KeyPair:
     key: bytes
 
 
-def load(cert_path: str) -> KeyPair:
-    """`tls.crt` and `tls.key` from a directory (a mounted Kubernetes TLS secret). Raises StartError."""
+def load(cert_path: str, *, flag: str = "--cert-path") -> KeyPair:
+    """`tls.crt` and `tls.key` from a directory (a mounted Kubernetes TLS secret). Raises StartError, which names `flag`."""
     directory = Path(cert_path)
     try:
         return KeyPair((directory / "tls.crt").read_bytes(), (directory / "tls.key").read_bytes())
     except OSError as error:
-        raise StartError(f"--cert-path {cert_path}: {error.strerror}: {error.filename}") from None
+        raise StartError(f"{flag} {cert_path}: {error.strerror}: {error.filename}") from None
 
 
 def self_signed() -> KeyPair:
@@ -63,32 +67,39 @@ def self_signed() -> KeyPair:
     )
 
 
-def server_context(pair: KeyPair, *, client_ca_file: str = "") -> ssl.SSLContext:
-    """TLS 1.2 or newer, ALPN `h2`. `client_ca_file`: only clients with a certificate of that authority. Raises StartError."""
+def server_context(
+    pair: KeyPair, *, client_ca_file: str = "", client_ca_flag: str = "--client-ca-file", protocol: str = "h2"
+) -> ssl.SSLContext:
+    """TLS 1.2 or newer, ALPN `protocol`. `client_ca_file`: only clients with a certificate of that authority. Raises StartError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["h2"])
+    context.set_alpn_protocols([protocol])
     use(context, pair)
     if client_ca_file:
         try:
             context.load_verify_locations(client_ca_file)
         except (OSError, ssl.SSLError) as error:
-            raise StartError(f"--client-ca-file {client_ca_file}: {error.strerror or error}") from None
+            raise StartError(f"{client_ca_flag} {client_ca_file}: {error.strerror or error}") from None
         context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 
 def use(context: ssl.SSLContext, pair: KeyPair) -> None:
     """Let new handshakes on `context` present this pair. Raises StartError if certificate and key do not fit together."""
-    with tempfile.TemporaryDirectory() as directory:  # the ssl module reads files only; the directory is ours alone
-        certificate, key = Path(directory, "tls.crt"), Path(directory, "tls.key")
-        certificate.write_bytes(pair.certificate)
-        key.write_bytes(pair.key)
+    with _as_file(pair.certificate) as certificate, _as_file(pair.key) as key:  # the ssl module reads files only
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)  # a failure would leave `context` with half of it
             context.load_cert_chain(certificate, key)
         except (ssl.SSLError, ValueError) as error:
             raise StartError(f"the TLS certificate and key can't be used: {error}") from None
+
+
+@contextlib.contextmanager
+def _as_file(data: bytes) -> Iterator[str]:
+    """In memory: a key does not touch a disk, and a file system that can't be written is no trouble."""
+    with os.fdopen(os.memfd_create("tls"), "wb", buffering=0) as file:
+        file.write(data)
+        yield f"/proc/self/fd/{file.fileno()}"
 
 
 class Reloader:
@@ -97,8 +108,9 @@ class Reloader:
     A pair that can't be read or does not fit together (half of it written) is left alone with one warning; the old one stays in use.
     """
 
-    def __init__(self, cert_path: str, pair: KeyPair, present: Callable[[KeyPair], None]) -> None:
+    def __init__(self, cert_path: str, pair: KeyPair, present: Callable[[KeyPair], None], *, flag: str = "--cert-path") -> None:
         """`present` makes new handshakes use a pair; it raises StartError for one that does not fit together."""
+        self._flag = flag
         self._cert_path = cert_path
         self._present = present
         self._tried = pair
@@ -107,7 +119,7 @@ class Reloader:
 
     def once(self) -> None:
         try:
-            pair = load(self._cert_path)
+            pair = load(self._cert_path, flag=self._flag)
             if pair == self._tried:
                 return
             self._tried = pair

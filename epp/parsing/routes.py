@@ -21,7 +21,7 @@ from epp.parsing.sglang_http import SglangHttpParser
 from epp.parsing.vertexai import VertexAIParser
 from epp.parsing.vllm_grpc import VllmGrpcParser
 from epp.parsing.vllm_http import VllmHttpParser
-from epp.plugins.base import Parser
+from epp.plugins.base import HTTP_PROTOCOLS, Parser
 from epp.types import LLMRequest
 
 ENGINE_SEGMENTS = frozenset({
@@ -50,6 +50,8 @@ class Routes:
 
     def __init__(self, parsers: Sequence[Parser], *, unknown_paths_ok: bool) -> None:
         """Of parsers for the same suffix, or for any path, the first one counts."""
+        self.protocols = frozenset[str]().union(*(getattr(parser, "protocols", HTTP_PROTOCOLS) for parser in parsers))
+        """`appProtocol`s of pools whose requests can be read."""
         by_suffix: dict[str, Match] = {}
         for parser in parsers:
             for suffix, kind in parser.suffixes.items():

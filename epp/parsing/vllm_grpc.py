@@ -22,7 +22,7 @@ from epp.errors import BadRequestError
 from epp.parsing.base import NO_KINDS, set_output_tokens, set_text, set_tokens
 from epp.parsing.media import mark
 from epp.parsing.wire import LENGTH, TOKENS_MAX, VARINT, Frames, fields, numbers, packed, unframed
-from epp.plugins.base import Plugin, UsageReader
+from epp.plugins.base import GRPC_PROTOCOLS, Plugin, UsageReader
 from epp.types import LLMRequest, Usage
 
 _SPAN_BYTES_MAX = 64
@@ -34,6 +34,7 @@ class VllmGrpcParser(Plugin):
     """Messages of vLLM's gRPC service: text or token ids, the longest answer, pictures, usage. It takes no parameters."""
 
     type: ClassVar[str] = "vllmgrpc-parser"
+    protocols: ClassVar[frozenset[str]] = GRPC_PROTOCOLS
     suffixes: ClassVar[Mapping[str, str]] = {
         "/vllm.grpc.engine.VllmEngine/Generate": "generate",
         "/vllm.grpc.engine.VllmEngine/Embed": "embed",

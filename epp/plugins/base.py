@@ -180,6 +180,11 @@ class UsageReader(Protocol):
         ...
 
 
+GRPC_PROTOCOLS = frozenset({"kubernetes.io/h2c"})
+HTTP_PROTOCOLS = GRPC_PROTOCOLS | {"http"}
+"""`appProtocol`s of an InferencePool whose requests a parser of gRPC, and one of HTTP, can read."""
+
+
 @runtime_checkable
 class Parser(Protocol):
     suffixes: ClassVar[Mapping[str, str]]
@@ -188,6 +193,8 @@ class Parser(Protocol):
     """Whether `parse` reads the body; if not, the decision does not wait for it."""
     model_required: ClassVar[bool]
     """Whether a body without a model is a bad request."""
+
+    # protocols: ClassVar[frozenset[str]], optional: the `appProtocol`s of pools it can read, where not HTTP_PROTOCOLS
 
     def parse(self, request: LLMRequest, body: bytes, kind: str) -> None:
         """Fill in `request`. Raises BadRequestError for a body that can't be understood."""
@@ -237,6 +244,9 @@ class Hooks(Protocol):
 
     def report(self, usage: Usage) -> tuple[str, str, float] | None:
         """Namespace, name and number to put in the gateway's dynamic metadata at the end of a response."""
+
+    def ready(self) -> bool:
+        """Whether requests may come: while it says no, health is NOT_SERVING for gateways. Asked with every check."""
 
     def state(self) -> Mapping[str, Any]:
         """What `/debug/plugins/state` shows of it: bounded, as JSON, nothing of any prompt."""

@@ -57,14 +57,14 @@ HELM = """
 def test_the_arguments_of_a_chart() -> None:
     argv = HELM.split()
     found = options(*argv)
-    assert (found.pool_name, found.pool_namespace, found.pool_group) == ("vllm-qwen", "default", "inference.networking.k8s.io")
+    assert (found.pool_names, found.pool_namespace, found.pool_group) == (("vllm-qwen",), "default", "inference.networking.k8s.io")
     assert (found.config_file, found.zap_encoder, found.verbosity) == ("/config/default-plugins.yaml", "json", 1)
     assert ignored(*argv) == []
 
 
 @pytest.mark.parametrize("argv", [["-pool-name=x"], ["-pool-name", "x"], ["--pool-name=x"], ["--pool-name", "x"]])
 def test_one_dash_or_two(argv: list[str]) -> None:
-    assert options(*argv).pool_name == "x"
+    assert options(*argv).pool_names == ("x",)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,20 @@ def test_target_ports() -> None:
     found = options("--endpoint-selector=app in (a,b),!c", "--endpoint-target-ports=8000,8001", "-endpoint-target-ports", "8001,7000")
     assert found.endpoint_selector == "app in (a,b),!c"
     assert found.endpoint_target_ports == (8000, 8001, 7000)
+
+
+def test_several_pools() -> None:
+    found = options("--pool-name=a", "-pool-name", "b", "--pool-name=a", "--pool-name=")
+    assert found.pool_names == ("a", "b")
+    assert clashes(*[f"--pool-name=p{number}" for number in range(65)]) == ["--pool-name: at most 64 pools, not 65"]
+
+
+def test_a_cluster() -> None:
+    found = options("--kubeconfig=k", "--kube-context=c", "--ha-enable-leader-election", "--metrics-endpoint-auth", "--metrics-cert-dir=d")
+    assert (found.kubeconfig, found.kube_context, found.ha_enable_leader_election) == ("k", "c", True)
+    assert (found.metrics_endpoint_auth, found.metrics_cert_dir) == (True, "d")
+    assert options().metrics_endpoint_auth is None
+    assert options("--metrics-endpoint-auth=false").metrics_endpoint_auth is False
 
 
 def test_our_own_flags() -> None:
@@ -152,15 +166,12 @@ def test_metric_names_are_not_flags_any_more(capsys: pytest.CaptureFixture[str],
 @pytest.mark.parametrize(
     ("argument", "plain"),
     [
-        ("--ha-enable-leader-election", "--ha-enable-leader-election=false"),
         ("--tracing", "--tracing=false"),
-        ("--metrics-endpoint-auth=true", "--metrics-endpoint-auth=false"),
         ("--enable-pprof", "--enable-pprof=false"),
         ("--enable-grpc-stream-metrics", "--enable-grpc-stream-metrics=0"),
         ("--zap-devel", "--zap-devel=false"),
         ("--zap-stacktrace-level=error", ""),
         ("--zap-time-encoding=epoch", "--zap-time-encoding=rfc3339"),
-        ("--metrics-cert-dir=/certs", "--metrics-cert-dir="),
         ("--tls-min-version=VersionTLS13", "--tls-min-version=VersionTLS12"),
         ("--tls-cipher-suites=TLS_AES_128_GCM_SHA256", "--tls-cipher-suites="),
         ("--refresh-prometheus-metrics-interval=5s", ""),

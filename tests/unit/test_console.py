@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import aiohttp
 import pytest
 
+from epp.console.guard import Authorize
 from epp.console.server import DECISIONS_SHOWN_MAX, HttpServer
 from epp.datastore import Reading
 from epp.decisions import EVERY_S, Decisions
@@ -42,7 +43,7 @@ class Page:
             return await response.json()
 
 
-def server_of(world: Core, *, debug: bool = True, kept: int = 8, token: str = "") -> HttpServer:
+def server_of(world: Core, *, debug: bool = True, kept: int = 8, token: str = "", authorize: Authorize | None = None) -> HttpServer:
     decisions = Decisions(world.clock, kept) if kept else None
     world.director._decisions = decisions
     return HttpServer(
@@ -55,6 +56,7 @@ def server_of(world: Core, *, debug: bool = True, kept: int = 8, token: str = ""
         debug=debug,
         admin_token=lambda: token,
         listen_problem=lambda host, port, error: f"{host}:{port}: {error.strerror}",
+        authorize=authorize,
     )
 
 
@@ -215,6 +217,145 @@ async def test_a_token_that_is_no_text_is_a_wrong_one() -> None:
         writer.close()
         await writer.wait_closed()
     assert not world.endpoint(1).draining
+
+
+# A guarded port
+
+
+class Rules:
+    """Who may do what; and who asked."""
+
+    def __init__(self, *allowed: tuple[str, str, str]) -> None:
+        self.allowed = set(allowed)
+        self.asked: list[tuple[str, str, str]] = []
+
+    async def __call__(self, token: str, verb: str, path: str) -> tuple[int, str]:
+        self.asked.append((token, verb, path))
+        if token == "later":
+            return 503, "ask again"
+        if token not in {known for known, _, _ in self.allowed}:
+            return 401, "who are you?"
+        return (200, "") if (token, verb, path) in self.allowed else (403, "not you")
+
+
+EVERYTHING = (
+    "/metrics",
+    "/debug/decisions",
+    "/debug/endpoints",
+    "/debug/plugins/state",
+    "/drain",
+    "/",
+    "/nothing",
+    "/metrics/",
+    "//metrics",
+)
+
+
+@pytest.mark.parametrize("local", ["127.0.0.1", "127.0.0.2"])
+async def test_on_a_guarded_port_every_path_is_asked_about_from_everywhere(local: str) -> None:
+    rules = Rules(("t", "get", "/metrics"))
+    async with page_of(server_of(core(1), authorize=rules), local=local) as page:
+        for path in EVERYTHING:
+            assert (await page.ask(path))[0] == 401
+            assert (await page.ask(path, headers={"Authorization": "Bearer t"}))[0] == (200 if path == "/metrics" else 403)
+        assert (await page.ask("/debug/explain", method="POST", headers={"Authorization": "Bearer t"}))[0] == 403
+    assert {(verb, path) for _, verb, path in rules.asked} == {("get", path) for path in EVERYTHING} | {("post", "/debug/explain")}
+
+
+async def test_a_refusal_says_what_is_asked_for() -> None:
+    world = core(1)
+    async with page_of(server_of(world, authorize=Rules(("t", "get", "/metrics")))) as page:
+        for token, status, said, challenge in (
+            ("x", 401, "who are you?", "Bearer"),
+            ("t", 403, "not you", None),
+            ("later", 503, "ask again", None),
+        ):
+            async with page._client.get(f"{page._url}/debug/endpoints", headers={"Authorization": f"Bearer {token}"}) as response:
+                assert (response.status, response.headers.get("WWW-Authenticate")) == (status, challenge)
+                assert await response.json() == {"error": said}
+
+
+@pytest.mark.parametrize(
+    ("header", "token"),
+    [
+        (None, ""),
+        ("", ""),
+        ("Bearer", ""),
+        ("Bearer ", ""),
+        ("t", ""),
+        ("Basic dDp0", ""),
+        ("Bearert", ""),
+        ("Bearer t", "t"),
+        ("bearer  t ", "t"),
+        ("BEARER a b", "a b"),
+    ],
+)
+async def test_what_counts_as_a_token(header: str | None, token: str) -> None:
+    rules = Rules()
+    async with page_of(server_of(core(1), authorize=rules)) as page:
+        assert (await page.ask("/metrics", headers={} if header is None else {"Authorization": header}))[0] == 401
+    assert rules.asked == [(token, "get", "/metrics")]
+
+
+async def test_a_path_is_asked_about_as_it_is_served() -> None:
+    """No spelling of a path is served under a rule for another."""
+    rules = Rules(("t", "get", "/metrics"))
+    server = server_of(core(1), authorize=rules)
+    async with page_of(server):
+        for target in (
+            "/%6detrics",
+            "/metrics?a=/b",
+            "/debug/../metrics",
+            "/debug/endpoints#/metrics",
+            "/debug%2fendpoints",
+            "http://x/debug/endpoints",
+        ):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(f"GET {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer t\r\n\r\n".encode())
+            answer = await reader.read()
+            served = answer.startswith(b"HTTP/1.1 200 ")
+            assert served is (rules.asked[-1][2] == "/metrics"), target
+            assert b'"endpoints"' not in answer
+            writer.close()
+            await writer.wait_closed()
+
+
+@pytest.mark.parametrize(
+    ("shown", "local", "status"),
+    [
+        ("s3cret", "127.0.0.2", 200),
+        ("s3cret", "127.0.0.1", 200),
+        ("operator", "127.0.0.2", 200),
+        ("t", "127.0.0.1", 403),
+        ("", "127.0.0.1", 401),
+    ],
+)
+async def test_draining_on_a_guarded_port_takes_the_admin_token_or_the_right_to(shown: str, local: str, status: int) -> None:
+    world = core(1)
+    rules = Rules(("t", "get", "/metrics"), ("operator", "post", "/drain"))
+    async with page_of(server_of(world, token="s3cret", authorize=rules), local=local) as page:
+        headers = {"Authorization": f"Bearer {shown}"}
+        assert (await page.ask("/drain?endpoint=pod-1", method="POST", headers=headers))[0] == status
+        assert (await page.ask("/metrics", headers={"Authorization": "Bearer s3cret"}))[0] == 401, "it opens /drain alone"
+    assert world.endpoint(1).draining is (status == 200)
+
+
+async def test_an_admin_token_that_is_not_set_opens_nothing() -> None:
+    world = core(1)
+    async with page_of(server_of(world, authorize=Rules())) as page:
+        assert (await page.ask("/drain?endpoint=pod-1", method="POST", headers={"Authorization": "Bearer "}))[0] == 401
+    assert not world.endpoint(1).draining
+
+
+async def test_a_body_is_not_read_of_who_may_not_ask() -> None:
+    world = core(1)
+    server = server_of(world, authorize=Rules())
+    async with page_of(server):
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"POST /debug/explain HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n{")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 401 ")
+        writer.close()
+        await writer.wait_closed()
 
 
 async def test_a_port_that_is_taken_says_so() -> None:

@@ -1,0 +1,379 @@
+"""Keeps a copy of one kind of Kubernetes object: list, watch, and list again when the watch can't go on.
+
+- The list asks for the latest state (no resourceVersion), in pages. A cached answer (resourceVersion=0) would cost the server less, but may
+  lie behind what was seen before, and bring back pods that are gone; lists are rare here, and pickers few.
+- The watch goes on from the version of the last event or bookmark, also after it broke. It is ended by the server every 5 to 10 minutes,
+  by us when nothing comes for longer than bookmarks are apart: a connection that died without a word.
+- 410, as an HTTP status or in the stream, a line that is no event, an error nobody knows: list again. Until that list is whole the old
+  copy stays, and then it is replaced at once, so that deletions nobody told of are seen.
+- Nothing that fails empties the copy, nor one 404: only a kind that is absent for a while is believed to be gone.
+- Every failure waits twice as long as the one before, up to `DELAY_MAX_S`, a random part less; a watch that held for a while starts anew.
+
+Where there are several versions or groups of a kind, `kinds` names them in order; the first that the server has is used, and the better
+ones are looked for again when a watch ends.
+
+Not here: what objects mean (objects), what follows from them (source). `changed` is called for each event that changes the copy, `seen`
+whenever the server was heard; both must be cheap and may not wait. Cost: 15 µs a pod listed or changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
+from typing import Generic, NamedTuple, TypeVar
+
+import msgspec
+
+from epp.aio import Sleep
+from epp.clock import Clock
+from epp.errors import ConfigError
+from epp.sources.kubernetes.api import Api, ApiError, ApiUnreachableError
+from epp.sources.kubernetes.objects import Key, Seen, read_head
+
+PAGE = 500
+"""Objects of one answer to a list."""
+OBJECTS_MAX = 20_000
+LIST_S = 60.0
+"""Time limit of one page."""
+WATCH_MIN_S, WATCH_MAX_S = 300, 600
+SILENCE_S = 100.0
+"""Bookmarks come about once a minute."""
+RESYNC_S = 3_600.0
+"""After that long the copy is listed anew, whatever the watch says."""
+STEADY_S = 10.0
+"""A watch that lasted that long was no failure."""
+DELAY_MIN_S, DELAY_MAX_S = 0.2, 30.0
+ABSENT_S = 180.0
+"""Between looks for a kind that the server does not have."""
+ABSENT_BELIEVED_S = 30.0
+"""A kind that had objects is gone when it was not found for that long: a server that starts does not know all of its kinds at once."""
+WATCH_RETRIES = 3
+"""A watch a busy server refused that often is not tried again before a list."""
+FAULTS_TOLD_MAX = 1_000
+"""Faulty objects remembered, so that each version is told once."""
+
+_BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Kind(NamedTuple):
+    """One version of one group of what is watched."""
+
+    name: str
+    """For people: `pods`, `inferencepools.inference.networking.k8s.io`."""
+    path: str
+    read: Callable[[msgspec.Raw], Seen]
+
+
+class _ListMeta(msgspec.Struct):
+    version: str = msgspec.field(name="resourceVersion", default="")
+    next: str = msgspec.field(name="continue", default="")
+
+
+class _List(msgspec.Struct):
+    meta: _ListMeta = msgspec.field(name="metadata", default_factory=_ListMeta)
+    items: list[msgspec.Raw] | None = None
+
+
+class _Event(msgspec.Struct):
+    type: str
+    object: msgspec.Raw
+
+
+class _Status(msgspec.Struct):
+    code: int = 0
+    reason: str = ""
+    message: str = ""
+
+
+_list = msgspec.json.Decoder(_List)
+_event = msgspec.json.Decoder(_Event)
+_status = msgspec.json.Decoder(_Status)
+
+
+def _nothing() -> None:
+    pass
+
+
+class Reflector(Generic[T]):
+    """A copy of the objects at `kinds`. `run` keeps it; `step` is one list and one watch, for as long as they go."""
+
+    def __init__(
+        self,
+        api: Api,
+        kinds: Sequence[Kind],
+        *,
+        clock: Clock,
+        sleep: Sleep = asyncio.sleep,
+        rng: random.Random,
+        params: Mapping[str, str] | None = None,
+        changed: Callable[[], None] = _nothing,
+        seen: Callable[[], None] = _nothing,
+        limit_hit: Callable[[str], None] = lambda _: None,
+        namespace: str = "",
+        objects_max: int = OBJECTS_MAX,
+    ) -> None:
+        """`params`: label and field selectors. `limit_hit`: told the name of a limit that was reached. `namespace`: for messages."""
+        self.objects: dict[Key, T] = {}
+        """Replaced or changed in place, between awaits."""
+        self.synced = False
+        """It was listed once, or is known to be absent."""
+        self.absent = False
+        """The server does not have this kind."""
+        self.kind = kinds[0]
+        """The one in use, or looked for last."""
+        self.as_of_s = float("-inf")
+        """When the server last said something: a list, the start of a watch, an event, a bookmark."""
+        self.events_total = self.relists_total = self.errors_total = 0
+        self._api = api
+        self._kinds = kinds
+        self._clock = clock
+        self._sleep = sleep
+        self._rng = rng
+        self._params = dict(params or {})
+        self._changed = changed
+        self._seen = seen
+        self._limit_hit = limit_hit
+        self._namespace = namespace
+        self._objects_max = objects_max
+        self._version = ""
+        """Where the watch goes on; empty: list first."""
+        self._listed_at_s = float("-inf")
+        self._failures = 0
+        """In a row."""
+        self._not_found_since_s = float("inf")
+        self._asked = self.kind
+        self._told = self._said = ""
+        """What was told last; told once."""
+        self._faults_told: set[tuple[Key, str]] = set()
+
+    def __repr__(self) -> str:
+        return f"<Reflector {self.kind.name} objects={len(self.objects)} synced={self.synced} failures={self._failures}>"
+
+    async def run(self) -> None:
+        """Until cancelled; may be run again after that."""
+        while True:
+            delay_s = await self.step()
+            if delay_s:
+                await self._sleep(delay_s)
+
+    def use(self, params: Mapping[str, str]) -> None:
+        """Other selectors from the next step on; the copy stays until it is listed by them. Not while `run` is running."""
+        self._params = dict(params)
+        self._version = ""
+        self._failures = 0
+
+    async def step(self) -> float:
+        """List if there is need to, then watch until that ends. Returns how long to wait before the next."""
+        started_s = self._clock.now_s()
+        try:
+            if not self._version:
+                await self._relist()
+                if self.absent:
+                    return self._less_a_part(ABSENT_S)
+                started_s = self._clock.now_s()
+            await self._watch()
+        except ApiError as error:
+            return self._failed(error, started_s)
+        except ApiUnreachableError as error:
+            return self._failed(error, started_s)
+        if self.kind is not self._kinds[0] or self._clock.now_s() - self._listed_at_s >= RESYNC_S:
+            self._version = ""
+        if self._clock.now_s() - started_s >= STEADY_S:
+            self._failures = 0
+            return 0.0
+        return self._delay_s()  # a server that ends watches at once is not to be asked without end
+
+    async def _relist(self) -> None:
+        refused: ApiError | None = None
+        refused_kind = self._kinds[0]
+        for kind in self._kinds:
+            self._asked = kind
+            try:
+                objects, version = await self._listed(kind)
+            except ApiError as error:
+                if error.status == HTTPStatus.FORBIDDEN:  # where the kind is absent, too, if no Role names it
+                    if refused is None:
+                        refused, refused_kind = ApiError(error.status, error.reason, self._refused(error, "list")), kind
+                elif error.status != HTTPStatus.NOT_FOUND or self._doubtful(kind):
+                    raise
+                continue
+            if refused is not None:
+                self._say(f"{refused.message}; {kind.name} is used")
+            self._take(kind, objects, version)
+            return
+        if refused is not None:
+            self._asked = refused_kind
+            raise refused
+        self._take(self._kinds[0], {}, "", absent=True)
+
+    def _doubtful(self, kind: Kind) -> bool:
+        if kind is not self.kind or not self.objects:
+            return False
+        self._not_found_since_s = min(self._not_found_since_s, self._clock.now_s())
+        return self._clock.now_s() - self._not_found_since_s < ABSENT_BELIEVED_S
+
+    async def _listed(self, kind: Kind) -> tuple[dict[Key, T], str]:
+        objects: dict[Key, T] = {}
+        params = {**self._params, "limit": str(PAGE)}
+        while True:
+            try:
+                page = _list.decode(await self._api.get(kind.path, params, timeout_s=LIST_S))
+            except msgspec.DecodeError as error:
+                raise ApiError(HTTPStatus.BAD_GATEWAY, "NotAList", f"the answer is no list: {error}") from None
+            if not page.meta.version:
+                raise ApiError(HTTPStatus.BAD_GATEWAY, "NotAList", "the answer has no resourceVersion")
+            for raw in page.items or ():
+                seen = self._read(kind, raw)
+                if seen is not None:
+                    objects[seen.key] = seen.value
+            if len(objects) > self._objects_max:
+                self._limit_hit("kubernetes_objects")
+                raise ApiError(
+                    HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooMany", f"more than {self._objects_max} objects; the view there was stays"
+                )
+            if not page.meta.next:
+                return objects, page.meta.version
+            params["continue"] = page.meta.next
+
+    def _take(self, kind: Kind, objects: dict[Key, T], version: str, *, absent: bool = False) -> None:
+        old, news = self.objects, not self.synced or kind is not self.kind or absent is not self.absent
+        for key, value in objects.items():
+            if key in old and old[key] == value:  # what is the same stays the same object: cheap to see
+                objects[key] = old[key]
+        if absent and not self.absent:
+            names = " nor ".join(each.name for each in self._kinds)
+            _log.warning("the API server has no %s; they are looked for again every few minutes", names)
+        elif kind is not self.kind or (self.absent and not absent):
+            _log.info("watching %s", kind.name, extra={"fields": {"namespace": self._namespace}})
+        self.kind, self.objects, self._version, self.absent = kind, objects, version, absent
+        self.synced = True
+        self.relists_total += 1
+        self._listed_at_s = self._clock.now_s()
+        self._not_found_since_s = float("inf")
+        self._heard()
+        if news or objects != old:
+            self._changed()
+
+    async def _watch(self) -> None:
+        seconds = self._rng.randint(WATCH_MIN_S, WATCH_MAX_S)
+        self._asked = self.kind
+        params = {**self._params, "resourceVersion": self._version, "allowWatchBookmarks": "true", "timeoutSeconds": str(seconds)}
+        async with self._api.watch(self.kind.path, params, silence_s=SILENCE_S) as lines:
+            self._heard()
+            self._well()
+            async for line in lines:
+                if line:
+                    self._one(line)
+
+    def _one(self, line: bytes) -> None:
+        """One event. Raises ApiError where the watch can't go on."""
+        try:
+            event = _event.decode(line)
+            if event.type == "ERROR":
+                status = _status.decode(event.object)
+                raise ApiError(status.code, status.reason or "Unknown", status.message)
+            if event.type == "BOOKMARK":
+                self._version = read_head(event.object).version or self._version
+                self._heard()
+                return
+            head = read_head(event.object) if event.type == "DELETED" else None
+            seen = head or self._read(self.kind, event.object) or read_head(event.object)
+        except msgspec.DecodeError:
+            raise ApiError(HTTPStatus.BAD_GATEWAY, "NotAnEvent", "a line of a watch is no event") from None
+        self._version = seen.version or self._version
+        self.events_total += 1
+        self._heard()
+        self._put(seen.key, seen.value)
+
+    def _put(self, key: Key, value: T | None) -> None:
+        """None: it is gone, or not to be used as it is."""
+        if value is None:
+            if self.objects.pop(key, None) is not None:
+                self._changed()
+        elif self.objects.get(key) != value:
+            if key not in self.objects and len(self.objects) >= self._objects_max:
+                self._limit_hit("kubernetes_objects")
+                self._tell(f"more than {self._objects_max} objects; what comes is left out")
+                return
+            self.objects[key] = value
+            self._changed()
+
+    def _read(self, kind: Kind, raw: msgspec.Raw) -> Seen | None:
+        """None, and a line of log, for an object with a fault: it is left out, the others are not."""
+        try:
+            return kind.read(raw)
+        except (msgspec.DecodeError, ConfigError) as error:
+            why = "; ".join(map(str, error.problems)) if isinstance(error, ConfigError) else str(error)
+        with contextlib.suppress(msgspec.DecodeError):
+            head = read_head(raw)
+            if (head.key, head.version) in self._faults_told:
+                return None
+            if len(self._faults_told) >= FAULTS_TOLD_MAX:
+                self._faults_told.clear()
+            self._faults_told.add((head.key, head.version))
+            _log.warning(
+                "an object of Kubernetes can't be used",
+                extra={"fields": {"kind": kind.name, "object": "/".join(head.key), "problems": why}},
+            )
+        return None
+
+    def _heard(self) -> None:
+        self.as_of_s = self._clock.now_s()
+        self._seen()
+
+    def _failed(self, error: ApiError | ApiUnreachableError, started_s: float) -> float:
+        steady = self._clock.now_s() - started_s >= STEADY_S
+        if steady:
+            self._failures = 0
+        retry_after_s = 0.0
+        ordinary = steady  # in the life of a watch: a connection that ends, a version too old
+        why = str(error)
+        if isinstance(error, ApiError):
+            ordinary = error.status == HTTPStatus.GONE
+            if error.status == HTTPStatus.FORBIDDEN:
+                why = self._refused(error, "watch") if self._version else error.message
+            if error.status not in _BUSY or self._failures >= WATCH_RETRIES:  # also where watching is forbidden and listing is not
+                self._version = ""
+            retry_after_s = error.retry_after_s or 0.0
+        self.errors_total += not ordinary
+        if not ordinary:
+            self._tell(why)
+        return max(self._delay_s(), min(retry_after_s, DELAY_MAX_S))
+
+    def _refused(self, error: ApiError, verb: str) -> str:
+        where = f"in the namespace {self._namespace}" if self._namespace else "in the cluster"
+        return f"not allowed to {verb} {self._asked.name} {where}: a Role must allow get, list and watch on it ({error.message})"
+
+    def _tell(self, why: str) -> None:
+        if why != self._told:
+            _log.warning(
+                "watching Kubernetes fails; the last view stays and it is tried again",
+                extra={"fields": {"kind": self._asked.name, "reason": why}},
+            )
+        self._told = why
+
+    def _say(self, why: str) -> None:
+        if why != self._said:
+            _log.warning(why)
+        self._said = why
+
+    def _well(self) -> None:
+        if self._told:
+            _log.info("watching Kubernetes works again", extra={"fields": {"kind": self.kind.name}})
+        self._told = ""
+
+    def _delay_s(self) -> float:
+        delay_s = min(DELAY_MAX_S, DELAY_MIN_S * 2.0 ** min(self._failures, 16))
+        self._failures += 1
+        return self._less_a_part(delay_s)
+
+    def _less_a_part(self, delay_s: float) -> float:
+        return delay_s * (0.5 + self._rng.random() / 2)
