@@ -290,7 +290,7 @@ class Picker:
             if self.cluster is not None:
                 stack.push_async_callback(self.cluster.close)
             async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(loop) for loop in self.cluster.loops()] if self.cluster is not None else []
+                running = [tasks.create_task(loop) for loop in self.cluster.watches()] if self.cluster is not None else []
                 try:
                     if self.cluster is not None:
                         await self.cluster.first_sync(FIRST_SYNC_S)
@@ -321,6 +321,8 @@ class Picker:
             yield self.models.run()
         for reloader in self._reloaders:
             yield forever(reloader.once, tls.RELOAD_S)
+        if self.cluster is not None:
+            yield from self.cluster.elections()
 
     async def drain(self, hurry: asyncio.Event) -> None:
         """Say NOT_SERVING, let another replica lead, and go on serving for the drain time, or until told to hurry."""

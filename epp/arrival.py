@@ -45,6 +45,7 @@ class Arrival:
         body: bytes | None,
         subset: Sequence[str] | None,
         started_s: float,
+        *,
         understood: Understood,
         wake: Callable[[], None],
         stages: Sequence[Stage],

@@ -92,17 +92,22 @@ class Cluster:
                 rng=rng,
                 on_change=leading,
             )
-        self.reviewer = Reviewer(self._api, clock, limit_hit=limit_hit) if options.metrics_endpoint_auth is not False else None
+        guarded = self.source is not None if options.metrics_endpoint_auth is None else options.metrics_endpoint_auth
+        self.reviewer = Reviewer(self._api, clock, limit_hit=limit_hit) if guarded else None
+
+    def watches(self) -> Iterator[Coroutine[Any, Any, None]]:
+        if self.source is not None:
+            yield self.source.run()
 
     async def first_sync(self, timeout_s: float) -> None:
-        """Wait for the pools; without them the watch goes on, and health says NOT_SERVING until it has them."""
+        """Wait for the pools, while they are watched; without them the watch goes on, and health says NOT_SERVING until it has them."""
         if self.source is not None:
             await self.source.first_sync(timeout_s)
 
-    def loops(self) -> Iterator[Coroutine[Any, Any, None]]:
-        for part in (self.source, self.elector):
-            if part is not None:
-                yield part.run()
+    def elections(self) -> Iterator[Coroutine[Any, Any, None]]:
+        """To be begun when this replica can serve: a leader that is not ready would be an outage."""
+        if self.elector is not None:
+            yield self.elector.run()
 
     async def step_down(self) -> None:
         """Let another replica lead at once."""

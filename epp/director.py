@@ -104,7 +104,7 @@ class Director:
         if not self.stages:
             return self.route(request, body, subset, started_s)
         understood = self._understood(request, body)
-        return self.resume(Arrival(request, body, subset, started_s, understood, wake, self.stages))
+        return self.resume(Arrival(request, body, subset, started_s, understood=understood, wake=wake, stages=self.stages))
 
     def resume(self, arrival: Arrival) -> Exchange | Arrival:
         """On with a request whose wait is over: the next wait, or the decision. Raises EppError."""

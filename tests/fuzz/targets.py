@@ -20,10 +20,10 @@ from epp.errors import BadRequestError, NotFoundError
 from epp.extproc import codec
 from epp.extproc.grpc_frames import framed
 from epp.extproc.h2 import H2Connection
-from epp.extproc.server import HEALTH_CHECK, HEALTH_LIST
 from epp.extproc.h2_policy import H2Limits, Shared
 from epp.extproc.health import Health
 from epp.extproc.messages import BodyMode, Event, Immediate, Reply
+from epp.extproc.server import HEALTH_CHECK, HEALTH_LIST
 from epp.extproc.session import Session
 from epp.parsing.media import REQUEST_TOKENS_MAX
 from epp.parsing.model_name import ModelRestorer
