@@ -180,6 +180,9 @@ def _targets(objects: Sequence[Object]) -> Iterator[str]:
         picker = pool["spec"]["endpointPickerRef"]
         if picker["port"]["number"] not in services.get(picker["name"], ()):
             yield f"InferencePool {pool['metadata']['name']}: no Service {picker['name']} with port {picker['port']['number']}"
+        for service in of_kind(objects, "Service"):
+            if service["metadata"]["name"] == picker["name"] and not pickers(_pods(objects, service["spec"]["selector"])):
+                yield f"Service {picker['name']} selects no picker"
     for item in of_kind(objects, "InferenceObjective"):
         if item["spec"]["poolRef"]["name"] not in pools:
             yield f"InferenceObjective {item['metadata']['name']}: no pool"
@@ -200,9 +203,8 @@ def _config_faults(objects: Sequence[Object], workload: Object, container: Mappi
     if options.config_file:
         folder, _, name = options.config_file.rpartition("/")
         volumes = {volume["name"]: volume for volume in pod_of(workload)["spec"]["volumes"]}
-        holder = volumes[mounts[folder]]["configMap"]["name"]
-        (data,) = (o["data"] for o in of_kind(objects, "ConfigMap") if o["metadata"]["name"] == holder)
-        if name not in data:
+        holder = volumes.get(mounts.get(folder, ""), {}).get("configMap", {}).get("name")
+        if not any(name in item["data"] for item in of_kind(objects, "ConfigMap") if item["metadata"]["name"] == holder):
             yield f"{options.config_file} is not in the ConfigMap"
     for item in of_kind(objects, "ConfigMap"):
         for name, text in item["data"].items():

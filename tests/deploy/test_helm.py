@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -277,7 +278,9 @@ def test_istio_is_told_of_tls() -> None:
 
 def test_the_picker_tells_the_pools_apart_by_their_services() -> None:
     objects = of_file(GATEWAY, "multi-pool")
-    pools = Pools([Pool(pool["metadata"]["name"], Resources(), namespace="inference") for pool in of_kind(objects, "InferencePool")])
+    pools = Pools(
+        [Pool(pool["metadata"]["name"], Resources(random.Random(0)), namespace="inference") for pool in of_kind(objects, "InferencePool")]
+    )
     for pool, item in zip(pools.all, of_kind(objects, "InferencePool"), strict=True):
         pool.service = item["spec"]["endpointPickerRef"]["name"]
     for pool in pools.all:
@@ -495,9 +498,10 @@ def test_names_fit_however_long_the_releases_is() -> None:
             "router: {inferencePool: {create: false}, modelServers: {matchLabels: {a: b}}, inferenceObjectives: [{name: a, priority: 1}]}",
             "needs an InferencePool",
         ),
+        (STANDALONE, "router: {inferencePool: {create: false}, modelServers: {matchLabels: {a: b}}, proxy: {proxyType: agentgateway}}", "proxy.image"),
         (
             STANDALONE,
-            "router: {inferencePool: {create: false}, modelServers: {matchLabels: {a: b}}, proxy: {proxyType: agentgateway}, epp: {flags: {secure-serving: true}}}",
+            "router: {inferencePool: {create: false}, modelServers: {matchLabels: {a: b}}, proxy: {proxyType: agentgateway, image: x}, epp: {flags: {secure-serving: true}}}",
             "speaks plaintext",
         ),
     ],

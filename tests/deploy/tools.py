@@ -260,6 +260,8 @@ def _of_kubernetes(version: str, api_version: str, kind: str) -> Draft202012Vali
         return None
     name = f"{kind.lower()}-{'-'.join(part for part in (group.partition('.')[0], last) if part)}.json"
     folder = importlib.resources.files("kubernetes_validate") / f"kubernetes-json-schema/v{version}.0-local-strict"
+    if not folder.is_dir():
+        raise ToolError(f"kubernetes-validate has no schemas of Kubernetes {version}: pip install --upgrade kubernetes-validate")
     file = folder / name
     if not file.is_file():
         return None
