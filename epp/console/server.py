@@ -24,6 +24,7 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from epp.console.guard import DRAIN, Authorize, bearer, guard, same
 from epp.datastore import Datastore
@@ -36,6 +37,9 @@ from epp.plugins.base import Plugin, hook
 from epp.types import Endpoint, LLMRequest
 
 _log = logging.getLogger("epp.console")
+_http_log = logging.getLogger("epp.console.http")
+_http_log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], BadHttpMessage)))
+"""Without what a scanner, or HTTP/2 on this port, makes aiohttp say of it, stack trace and all."""
 
 EXPLAIN_BYTES_MAX = 16 << 20
 """Limit on a request to explain."""
@@ -101,7 +105,7 @@ class HttpServer:
             app.router.add_get("/debug/endpoints", self._get_endpoints)
             app.router.add_post("/debug/explain", self._explain)
             app.router.add_get("/debug/plugins/state", self._plugin_states)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, logger=_http_log)
         self.port = 0
 
     async def start(self, host: str | None, port: int) -> None:

@@ -131,7 +131,7 @@ class ClusterProbes:
             return ServerFacts(error=str(error))
         except ApiError as error:
             return ServerFacts(error=str(error), status=error.status)
-        date = getattr(self._api, "server_date", "")
+        date = self._api.server_date
         try:
             skew_s = parsedate_to_datetime(date).timestamp() - self._now_s() if date else None
         except ValueError:

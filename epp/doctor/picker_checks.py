@@ -138,7 +138,8 @@ def exchanged(exchange: Exchange) -> Iterator[Finding]:
             "is this an endpoint picker? another ext_proc server may be listening there",
         )
     else:
-        yield from _destination(exchange)
+        faults = [*_destination(exchange), *_manners(exchange)]
+        yield from faults or [ok(f"destination {exchange.header} in header and metadata, body echoed, {exchange.latency_s * 1e3:.1f} ms")]
 
 
 def _silent(exchange: Exchange) -> Iterator[Finding]:
@@ -198,7 +199,6 @@ def _destination(exchange: Exchange) -> Iterator[Finding]:
             "in FULL_DUPLEX_STREAMED mode what is not sent back is lost: the model server gets an empty or truncated body",
             "use a picker that supports the mode, or set request_body_mode: BUFFERED",
         )
-    yield from _manners(exchange)
 
 
 def _manners(exchange: Exchange) -> Iterator[Finding]:
@@ -217,8 +217,6 @@ def _manners(exchange: Exchange) -> Iterator[Finding]:
             "time to first token grows by as much",
             "run this beside the gateway; if it stays so, look at the picker's CPU limit (throttling) and at `llm_d_epp_scheduler_e2e_duration_seconds`",
         )
-    elif exchange.header is not None and exchange.header == exchange.metadata and exchange.body_echoed and exchange.raw:
-        yield ok(f"destination {exchange.header} in header and metadata, body echoed, {exchange.latency_s * 1e3:.1f} ms")
 
 
 def metrics(answer: Answer) -> Iterator[Finding]:

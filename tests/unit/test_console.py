@@ -365,3 +365,14 @@ async def test_a_port_that_is_taken_says_so() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(StartError, match=rf"127\.0\.0\.1:{port}: "):
             await server_of(core(1)).start("127.0.0.1", port)
+
+
+async def test_bytes_that_are_no_http_are_no_stack_trace_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    server = server_of(core(1))
+    async with page_of(server):
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        answer = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+    assert answer.startswith(b"HTTP/1.")
+    assert not [record for record in caplog.records if record.exc_info]

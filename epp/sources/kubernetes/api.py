@@ -104,6 +104,8 @@ class Api:
         """`faults`: what the client raises when no answer comes."""
         self.namespace = namespace
         """Of the service account, or of the kubeconfig's context."""
+        self.server_date = ""
+        """The `Date` of the last answer, for who compares clocks."""
         self._client = client
         self._faults = faults
 
@@ -193,6 +195,7 @@ class Api:
             raise ApiUnreachableError(f"no answer within {timeout_s:g} s") from None
         except self._faults as error:
             raise _unreachable(error) from None
+        self.server_date = response.headers.get("date", "")
         if not response.is_success:
             raise error_of(response.status_code, body, response.headers.get("retry-after", ""))
         return body
