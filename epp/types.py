@@ -73,7 +73,7 @@ class Changes:
 
     def add(self, slot: int) -> None:
         if len(self._log) == self.LOG_MAX:
-            self._log.clear()
+            del self._log[: self.LOG_MAX // 2]
         self._log.append(slot)
         self.count += 1
 

@@ -6,7 +6,7 @@ Inf; a HELP or TYPE line or a longer name that starts the same is no sample. A s
 
 Not here: which names an engine uses (its own file). Never raises, whatever the bytes.
 
-Cost: 2 to 5 µs a family in 60 KB: a family is one group of lines (exposition format, "Grouping and sorting"), so the search ends where
+Cost: 3 to 10 µs a family in 60 KB: a family is one group of lines (exposition format, "Grouping and sorting"), so the search ends where
 the next one's TYPE line is, and begins where its own was the last time. Linear in the text, whatever is in it.
 """
 

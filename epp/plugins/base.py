@@ -93,6 +93,7 @@ class Filter(Protocol):
 @runtime_checkable
 class Scorer(Protocol):
     per_request: ClassVar[bool]
+    # in_range: ClassVar[bool], optional: scores are always within [0, 1], so they are not looked at again
 
     def score(self, request: LLMRequest, endpoints: Sequence[Endpoint]) -> Sequence[float]:
         """One float in [0, 1] per endpoint, in the endpoints' order; higher is better."""

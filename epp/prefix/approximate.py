@@ -1,10 +1,12 @@
 """What each endpoint should have cached, learned from what was sent to it: cut, hash, look up, record.
 
 The machinery of the prefix producers, which differ in their parameters alone. Not here: the index itself (index), how prompts are cut
-(hashing). Cost per request: 0.17 µs a block to hash, 1-3 µs to look up, 0.25 µs for every block recorded anew.
+(hashing). Cost per request: 0.13 µs a block to hash, 2-4 µs to look up, 0.3 µs for every block recorded anew.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from epp.prefix import hashing
 from epp.prefix.index import PrefixIndex
@@ -35,8 +37,7 @@ class ApproximatePrefixes:
         layout = self._layout
         cumulative = layout.cumulative
         hashes = hashing.chain(request.prompt, layout, hashing.seed(request.target_model, request.cache_salt))
-        found = self.index.lookup(hashes, candidates.mask)
-        match = PrefixMatch(hashes, cumulative, tokens, {slot: cumulative[blocks - 1] for slot, blocks in found.items()})
+        match = PrefixMatch(hashes, cumulative, tokens, self.index.lookup(hashes, candidates.mask, cumulative))
         request.attributes[name] = match
         if request.prefix is None:
             request.prefix = match
@@ -44,9 +45,10 @@ class ApproximatePrefixes:
     def picked(self, name: str, request: LLMRequest, decision: Decision) -> None:
         """Whoever decodes the prompt will hold it, and whoever prefills it."""
         self.served(name, request, decision.endpoint)
-        prefill = decision.targets.get("prefill")
-        if prefill is not None:
-            self.served(name, request, prefill)
+        if decision.targets:
+            prefill = decision.targets.get("prefill")
+            if prefill is not None:
+                self.served(name, request, prefill)
 
     def served(self, name: str, request: LLMRequest, endpoint: Endpoint) -> None:
         """The endpoint was sent the prompt."""
@@ -56,3 +58,8 @@ class ApproximatePrefixes:
         if self._auto_tune:
             self.index.set_capacity_tokens(endpoint.slot, endpoint.kv_capacity_tokens)
         self.index.record(endpoint.slot, match.hashes, match.sizes)
+
+    def state(self) -> dict[str, Any]:
+        """How full the index is."""
+        index = self.index
+        return {"blocks": index.blocks, "distinct_blocks": len(index), "due_blocks": index.due, "rotations": index.rotations_total}

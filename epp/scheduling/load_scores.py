@@ -45,8 +45,10 @@ def clamp(score: float) -> float:
 
 
 def scores_of(scorer: Scorer, request: LLMRequest, endpoints: Sequence[Endpoint]) -> Sequence[float]:
-    """One clamped score per endpoint."""
+    """One clamped score per endpoint. A scorer that says it is `in_range` is believed: looking costs 25 ns an endpoint."""
     scores = scorer.score(request, endpoints)
+    if getattr(scorer, "in_range", False):
+        return scores
     if min(scores) >= 0.0 and max(scores) <= 1.0 and isfinite(sum(scores)):
         return scores
     return [clamp(score) for score in scores]

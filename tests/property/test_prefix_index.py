@@ -242,3 +242,40 @@ def test_no_single_prompt_drops_more_than_a_slice() -> None:
     assert due > 2 * index_module.SLICE_BLOCKS
     index.record(0, hashes_of([5_000, 1, 1]), CUMULATIVE)
     assert due - index.due <= index_module.SLICE_BLOCKS + 6
+
+
+def test_what_is_there_already_does_not_count_towards_a_full_generation() -> None:
+    """A long prompt sent again and again, a block longer each time, is one block's worth of new work each time."""
+    index = PrefixIndex(10_000)
+    index.set_capacity_tokens(0, 100 * BLOCK_TOKENS)  # a generation is 7 blocks
+    for length in range(1, 8):
+        index.record(0, hashes_of([1] * length), CUMULATIVE)
+    assert index.rotations_total == 0
+    index.record(0, hashes_of([1] * 8), CUMULATIVE)
+    assert index.rotations_total == 1
+
+
+def test_a_look_up_in_tokens_is_one_in_blocks() -> None:
+    index = PrefixIndex(1_000)
+    chain = hashes_of([1, 2, 0, 1, 1, 2])
+    sizes = (64, 128, 256, 512, 1_024, 2_048)
+    for slot, depth in [(2, 6), (5, 3), (7, 3), (70, 1)]:
+        index.record(slot, chain[:depth], sizes)
+    assert index.lookup(chain, EVERYONE | 1 << 70) == {70: 1, 5: 3, 7: 3, 2: 6}
+    assert index.lookup(chain, EVERYONE | 1 << 70, sizes) == {70: 64, 5: 256, 7: 256, 2: 2_048}
+
+
+@pytest.mark.parametrize("slots", [(), (0,), (63, 64), (0, 5, 900), tuple(range(300))])
+def test_a_mask_spelled_out(slots: tuple[int, ...]) -> None:
+    assert index_module.slots_of(sum(1 << slot for slot in slots)) == slots
+
+
+def test_sets_of_endpoints_are_not_remembered_without_end() -> None:
+    index = PrefixIndex(10_000)
+    for number in range(3 * index_module.MASKS_MAX):
+        chain = hashes_of([number])
+        for slot in range(10):
+            if number >> slot & 1:
+                index.record(slot, chain, CUMULATIVE)
+        assert index.lookup(chain, EVERYONE) == {slot: 1 for slot in range(10) if number >> slot & 1}
+        assert len(index._slots) <= index_module.MASKS_MAX

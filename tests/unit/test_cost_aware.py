@@ -9,7 +9,7 @@ import pytest
 
 from epp.datastore import Reading
 from epp.exchange import Exchange
-from epp.plugins import cost_lanes
+from epp.plugins import cost_lanes, cost_work
 from epp.plugins.base import Finished
 from epp.plugins.cost_lanes import LOAD_START_S, SLOTS_START, Lane, Lanes, Work
 from epp.plugins.cost_model import SAMPLES_MIN, CostModel
@@ -486,7 +486,7 @@ def test_the_next_prompt_begins_when_the_one_before_is_cancelled() -> None:
     assert wait_s(pool, pool.endpoint(1)) == pytest.approx(5.0, abs=0.1)
     pool.clock.advance(5.0)
     served(_second)
-    assert scorer.__dict__["lanes"].by_slot[0].took_s == pytest.approx(cost_lanes.KEPT * cost_lanes.PRIOR_S + 5.0)
+    assert scorer.__dict__["lanes"].by_slot[0].took_s == pytest.approx(cost_lanes.KEPT * cost_work.PRIOR_S + 5.0)
 
 
 def test_prompts_of_whole_answers_leave_though_nothing_else_happens() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from epp.plugins.producers.approx_prefix_cache import ApproxPrefixCacheProducer
 from epp.prefix.index import SLICE_BLOCKS, PrefixIndex
 
 SIZES = [64 * (n + 1) for n in range(10_000)]
@@ -70,3 +71,12 @@ def test_resetting_who_holds_nothing_is_nothing() -> None:
     index.reset(3)
     index.record(3, prompt(1, 4), SIZES)
     assert index.lookup(prompt(1, 4), 8) == {3: 4}
+
+
+def test_how_full_an_index_is_can_be_looked_at() -> None:
+    producer = ApproxPrefixCacheProducer(lru_capacity_per_server=100)
+    for slot, seed in [(0, 1), (1, 1), (1, 2)]:
+        producer.index.record(slot, prompt(seed, 10), SIZES)
+    assert producer.state() == {"blocks": 30, "distinct_blocks": 20, "due_blocks": 0, "rotations": 1}
+    producer.index.reset(1)
+    assert producer.state() == {"blocks": 10, "distinct_blocks": 20, "due_blocks": 20, "rotations": 1}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
@@ -55,3 +55,7 @@ class ApproxPrefixCacheProducer(Plugin):
 
     def served(self, request: LLMRequest, endpoint: Endpoint) -> None:
         self.__dict__["_prefixes"].served(self.name, request, endpoint)
+
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.__dict__["_prefixes"].state()
+        return state
