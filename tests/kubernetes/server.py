@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from epp.sources.kubernetes.api import Api
 from tests.kubernetes.fake_objects import Object
 
 WAIT_S = 30.0
@@ -58,6 +59,9 @@ class Server:
     user_token: str
     namespace: str
     compact_now: Callable[[], Any] | None
+    url: str = ""
+    tokens: tuple[str, str] = ("", "")
+    tls: ssl.SSLContext | bool = True
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -71,13 +75,17 @@ class Server:
             return httpx.AsyncClient(base_url=url, verify=tls, headers=headers, trust_env=False, timeout=WAIT_S)
 
         async with asking(tokens[0]) as admin, asking(tokens[1]) as client:
-            server = cls(admin, client, user, tokens[1], namespace, compact)
+            server = cls(admin, client, user, tokens[1], namespace, compact, url, tokens, tls)
             body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
             (await admin.post("/api/v1/namespaces", json=body)).raise_for_status()
             try:
                 yield server
             finally:
                 await admin.delete(f"/api/v1/namespaces/{namespace}")
+
+    def api(self, *, as_user: bool = False) -> Api:
+        """The product's own client, of the administrator or of `user`."""
+        return Api.at(self.url, token=self.tokens[as_user], verify=self.tls)
 
     def path(self, of: Object | str, name: str = "") -> str:
         """Of an object, or of a collection by its plural."""

@@ -282,6 +282,8 @@ async def test_items_of_built_in_kinds_do_not_say_what_they_are(server: Server) 
     assert (pods["kind"], pods["apiVersion"]) == ("PodList", "v1")
     assert "kind" not in pods["items"][0]
     assert "apiVersion" not in pods["items"][0]
+    assert "continue" not in pods["metadata"]
+    assert pools["metadata"]["continue"] == "", "of custom kinds it is always there"
     assert (pools["kind"], pools["apiVersion"]) == ("InferencePoolList", "inference.networking.k8s.io/v1")
     assert (pools["items"][0]["kind"], pools["items"][0]["apiVersion"]) == ("InferencePool", "inference.networking.k8s.io/v1")
 

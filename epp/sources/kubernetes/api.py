@@ -143,8 +143,8 @@ class Api:
         return cls(client, namespace=config.namespace, faults=_faults())
 
     @classmethod
-    def at(cls, url: str, *, token: str = "", verify: bool | str = True, namespace: str = "default") -> Api:
-        """To the server at this address. `verify`: a file with the authority's certificate, or False to trust any."""
+    def at(cls, url: str, *, token: str = "", verify: bool | str | ssl.SSLContext = True, namespace: str = "default") -> Api:
+        """To the server at this address. `verify`: a file with the authority's certificate, a context, or False to trust any."""
         try:
             import httpx2  # noqa: PLC0415 - optional
         except ImportError:
