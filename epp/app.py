@@ -283,12 +283,12 @@ class Picker:
         failure: StartError | None = None
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._fetcher)
+            if self.cluster is not None:
+                stack.push_async_callback(self.cluster.close)
             await self.http.start(host, options.metrics_port)
             stack.push_async_callback(self.http.stop)
             await self.health_server.start(host, options.grpc_health_port)
             stack.push_async_callback(self.health_server.stop, 0)
-            if self.cluster is not None:
-                stack.push_async_callback(self.cluster.close)
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(loop) for loop in self.cluster.watches()] if self.cluster is not None else []
                 try:
@@ -304,7 +304,9 @@ class Picker:
                 except StartError as error:  # kept out of the task group, which would wrap it
                     failure = error
                 finally:
-                    await self.ext_proc.stop(GRACE_S)
+                    self.health.draining = True  # also after a crash: nobody is to come while the port closes
+                    self.session_limits.closing = True
+                    await asyncio.gather(self.ext_proc.stop(GRACE_S), self._step_down())
                     for task in running:
                         task.cancel()
         if failure is not None:
@@ -329,10 +331,14 @@ class Picker:
         self.health.draining = True
         _log.info("draining", extra={"fields": {"seconds": self.options.drain_timeout_s}})
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.options.drain_timeout_s):
-                if self.cluster is not None:
-                    await self.cluster.step_down()
+            async with asyncio.timeout(self.options.drain_timeout_s), asyncio.TaskGroup() as tasks:
+                stepping_down = tasks.create_task(self._step_down())
                 await hurry.wait()
+                stepping_down.cancel()
+
+    async def _step_down(self) -> None:
+        if self.cluster is not None:
+            await self.cluster.step_down()
 
     def _admin_token(self) -> str:
         path = self.options.admin_token_file

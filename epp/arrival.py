@@ -24,7 +24,7 @@ class Wait(Protocol):
     """Set before `wake` is called where the request gets no further."""
 
     def cancel(self) -> None:
-        """The client left: `wake` is not called any more."""
+        """The client left: `wake` is not called any more. It may come just after `wake` was."""
 
 
 class Stage(Protocol):

@@ -109,9 +109,6 @@ class Datastore:
         self.changes = Changes()
         self.endpoints: dict[Address, Endpoint] = {}
         self.by_destination: dict[str, Endpoint] = {}
-        self.ready = Snapshot.of(())
-        """Endpoints that are healthy, not ejected and not draining; all but the draining ones when there are none of those, for then
-        any may be the one that works."""
         self.serve(name, pools)
         self._clock = clock
         self._endpoints_max = endpoints_max
@@ -124,8 +121,21 @@ class Datastore:
         """What it is called, and the names of the pools its endpoints are in, where there are several. Before there are endpoints."""
         self.name = name
         self.pools = tuple(pools)
-        self.ready_in: dict[str, Snapshot] = dict.fromkeys(self.pools, self.ready)
+        self._ready: Snapshot | None = None
+        self._ready_in: dict[str, Snapshot] = {}
+
+    @property
+    def ready(self) -> Snapshot:
+        """Endpoints that are healthy, not ejected and not draining; all but the draining ones when there are none of those, for then
+        any may be the one that works. Made when it is next asked for: a storm of changes costs one."""
+        return self._ready or self._refresh()
+
+    @property
+    def ready_in(self) -> Mapping[str, Snapshot]:
         """`ready` for each of several pools."""
+        if self._ready is None:
+            self._refresh()
+        return self._ready_in
 
     def subscribe(self, *, added: Callable[[Endpoint], None] | None = None, removed: Callable[[Endpoint], None] | None = None) -> None:
         """Be told of endpoints that come (those already here are told at once) and go."""
@@ -159,7 +169,7 @@ class Datastore:
             elif known.spec is not spec and known.spec != spec:
                 known.spec = spec
                 known.labels = spec.labels
-        self._refresh()
+        self._ready = None
         for endpoint in gone:
             for tell in self._removed:
                 tell(endpoint)
@@ -225,37 +235,38 @@ class Datastore:
     def set_healthy(self, endpoint: Endpoint, *, healthy: bool) -> None:
         if endpoint.healthy is not healthy:
             endpoint.healthy = healthy
-            self._refresh()
+            self._ready = None
 
     def set_ejected(self, endpoint: Endpoint, *, ejected: bool, half_open: bool = False) -> None:
         endpoint.half_open = half_open
         if endpoint.ejected is not ejected:
             endpoint.ejected = ejected
-            self._refresh()
+            self._ready = None
 
     def set_draining(self, endpoint: Endpoint, *, draining: bool) -> None:
         """Mark it, or take the mark away; what its source says of it stays as it is."""
         if endpoint.drain_marked is not draining:
             endpoint.drain_marked = draining
-            self._refresh()
+            self._ready = None
 
     def staleness_s(self, endpoint: Endpoint) -> float:
         """Age of the endpoint's last reading; infinite before the first."""
         return self._clock.now_s() - endpoint.scraped_at_s
 
-    def _refresh(self) -> None:
+    def _refresh(self) -> Snapshot:
         staying = [e for e in self.endpoints.values() if not e.draining]
-        if not self.pools:
-            self.ready = Snapshot.of(_usable(staying))
-            return
-        members: dict[str, list[Endpoint]] = {name: [] for name in self.pools}
-        for endpoint in staying:
-            for name in endpoint.spec.pools:
-                if name in members:
-                    members[name].append(endpoint)
-        usable = {name: _usable(there) for name, there in members.items()}
-        self.ready_in = {name: Snapshot.of(there) for name, there in usable.items()}
-        self.ready = Snapshot.of(list(dict.fromkeys(e for there in usable.values() for e in there)))
+        if self.pools:
+            members: dict[str, list[Endpoint]] = {name: [] for name in self.pools}
+            for endpoint in staying:
+                for name in endpoint.spec.pools:
+                    if name in members:
+                        members[name].append(endpoint)
+            usable = {name: _usable(there) for name, there in members.items()}
+            self._ready_in = {name: Snapshot.of(there) for name, there in usable.items()}
+            self._ready = Snapshot.of(list(dict.fromkeys(e for there in usable.values() for e in there)))
+        else:
+            self._ready = Snapshot.of(_usable(staying))
+        return self._ready
 
     def _take_slot(self) -> int:
         if self._free_slots:

@@ -223,6 +223,8 @@ class Director:
 
     def _understand(self, request: LLMRequest, body: bytes | None, *, count: bool = True) -> Understood:
         parser = self._routes.parse(request, body)
+        if self._pools is not None and not request.pool:
+            request.pool = self._pools.of_model(request.model)
         headers = request.headers
         renamed = ""
         if not OWN_HEADERS.isdisjoint(headers):
@@ -233,11 +235,7 @@ class Director:
             request.fairness_id = (headers.get(FAIRNESS_HEADER) or headers.get(FAIRNESS_HEADER_OLD) or "")[:FAIRNESS_CHARS_MAX]
         if parser is None or body is None or not parser.body_wanted:
             return parser, ""
-        if self._pools is None:
-            target = self._resources.target(request.model)
-        else:
-            request.pool = request.pool or self._pools.of_model(request.model)
-            target = self._pools.target(request.pool, request.model)
+        target = self._resources.target(request.model) if self._pools is None else self._pools.target(request.pool, request.model)
         if target is not None:
             renamed = target.model
             if count:

@@ -84,7 +84,7 @@ class Pools:
             return known[1]
         if len(self._told) >= AUTHORITIES_MAX:
             self._told.clear()
-        words = frozenset(_NO_NAME.split(authority.lower()))
+        words = frozenset(filter(None, _NO_NAME.split(authority.lower())))
         named = [pool.name for pool in self.all if pool.service in words and services.count(pool.service) == 1]
         named = named or [pool.name for pool in self.all if pool.name in words]
         name = named[0] if len(named) == 1 else ""

@@ -115,6 +115,7 @@ class GrpcServer:
             await self.check_alive()
 
     async def stop(self, grace_s: float) -> None:
+        await self.check_alive()  # who waits for a turn is refused now
         await self._server.stop(grace_s)
 
     def _certificates(self) -> Any:
@@ -125,13 +126,14 @@ class GrpcServer:
         session = self._new_session(b"")  # grpcio does not tell the authority
         self._calls[session] = context
         reading: asyncio.Future[Any] | None = None
-        ended = False
+        ended, woken = False, asyncio.Event()
+        session.notify = woken.set
         try:
             while True:
                 if session.waiting:
                     if reading is None and not ended:
                         reading = asyncio.ensure_future(context.read())
-                    if await _woken(session, reading):
+                    if await _woken(woken, reading):
                         await _write(context, session.resumed())
                         if session.answered or (ended and not session.waiting):
                             return
@@ -157,14 +159,17 @@ class GrpcServer:
             session.closed()
 
 
-async def _woken(session: Session, reading: asyncio.Future[Any] | None) -> bool:
+async def _woken(woken: asyncio.Event, reading: asyncio.Future[Any] | None) -> bool:
     """Whether a session that waits may go on; if not, a message has come."""
-    woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    session.notify = lambda: None if woken.done() else woken.set_result(None)
-    await asyncio.wait([woken] if reading is None else [woken, reading], return_when=asyncio.FIRST_COMPLETED)
-    if woken.done():
-        session.notify = None
-    return woken.done()
+    waiting = asyncio.ensure_future(woken.wait())
+    try:
+        await asyncio.wait([waiting] if reading is None else [waiting, reading], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+    if not woken.is_set():
+        return False
+    woken.clear()
+    return True
 
 
 async def _write(context: Any, replies: list[Reply]) -> None:

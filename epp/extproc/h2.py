@@ -237,7 +237,7 @@ class H2Connection(asyncio.BufferedProtocol):
         session.notify = partial(_soon, self._resume, stream, session)
 
     def _resume(self, stream: Call, session: Session) -> None:
-        if stream.ending is not None or self._streams.get(stream.id) is not stream:
+        if self._closing or stream.ending is not None or self._streams.get(stream.id) is not stream:
             return
         self._say(stream, session.resumed())
         if session.answered or (stream.half_closed and not session.waiting):

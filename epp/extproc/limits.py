@@ -8,7 +8,7 @@ from collections.abc import Callable
 class Limits:
     """Shared by every session and transport of a picker; counts what is held right now."""
 
-    __slots__ = ("body_bytes_max", "buffered_bytes", "buffered_bytes_max", "decision_s", "header_count_max", "hits")
+    __slots__ = ("body_bytes_max", "buffered_bytes", "buffered_bytes_max", "closing", "decision_s", "header_count_max", "hits")
 
     def __init__(
         self,
@@ -27,5 +27,7 @@ class Limits:
         self.decision_s = decision_s
         """Without a further piece of a request's body for so long, the decision is given up."""
         self.buffered_bytes = 0
+        self.closing = False
+        """The picker stops: requests that wait for their turn are refused."""
         self.hits = hits
         """Told the name of a limit when it is hit."""

@@ -94,6 +94,7 @@ class H2Server:
         for connection in list(shared.connections):
             connection.announce_shutdown()
         shared.closing = True
+        self.check_alive()  # who waits for a turn is refused now
         shared.stream_ended()  # in case none is open
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):

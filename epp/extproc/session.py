@@ -28,6 +28,7 @@ from epp.errors import (
     DecisionTimeoutError,
     EppError,
     GatewayError,
+    ShuttingDownError,
     TooManyHeadersError,
 )
 from epp.exchange import Exchange
@@ -43,6 +44,7 @@ from epp.extproc.messages import (
     RequestBody,
     RequestHeaders,
     RequestTrailers,
+    ResponseHeaders,
     RouteReply,
     StreamedBody,
 )
@@ -71,7 +73,7 @@ class Session(ResponsePhase):
     """See the module. `receive` takes one message, `half_closed` the end of the peer's messages, `closed` the end of the stream."""
 
     __slots__ = (
-        "_arrival", "_buffered_bytes", "_chunks", "_clock", "_headers", "_last_s", "_late", "_limits",
+        "_arrival", "_buffered_bytes", "_chunks", "_clock", "_ended", "_headers", "_last_s", "_late", "_limits",
         "_passing", "_path", "_phase", "_pieces", "_pool", "_request_mode", "_started_s", "_trailers", "notify",
     )  # fmt: skip
 
@@ -93,6 +95,8 @@ class Session(ResponsePhase):
         self._trailers = False
         """Trailers ended the request's body."""
         self._buffered_bytes = 0
+        self._ended = False
+        """The peer sends no more, and waits for the answer."""
         self.notify: Callable[[], None] | None = None
         """Set by the transport while the session is `waiting`: called when `resumed` may be."""
         self._arrival: Arrival | None = None
@@ -119,6 +123,8 @@ class Session(ResponsePhase):
         handle = self._ON.get(type(event))
         if handle is None or self._phase is Phase.ANSWERED:
             return []
+        if self._phase is Phase.WAITING and type(event) is ResponseHeaders:
+            self._answered_elsewhere()
         try:
             return handle(self, event)
         except Exception as error:  # noqa: BLE001 - whatever goes wrong becomes an answer to the client, never a gRPC error (rule 11)
@@ -133,13 +139,20 @@ class Session(ResponsePhase):
                 return self._route()
             except Exception as error:  # noqa: BLE001 - as in `receive`
                 return self._failed(error)
-        if self._phase is Phase.WAITING and not self._end_unseen:  # of Envoy: the client left
-            self.closed()
+        if self._phase is Phase.WAITING:
+            if self._end_unseen:
+                self._ended = True
+            else:  # of Envoy: the client left
+                self.closed()
             return []
-        if self._phase is Phase.ROUTED and self._passing and self._pieces and self._request_mode is BodyMode.FULL_DUPLEX_STREAMED:
-            self._passing = False
-            return [StreamedBody(b"", end_of_stream=True, response=False)]
-        return []
+        return self._last_piece() if self._phase is Phase.ROUTED else []
+
+    def _last_piece(self) -> list[Reply]:
+        """Of a body that passes by and did not say that it ends."""
+        if not (self._passing and self._pieces and self._request_mode is BodyMode.FULL_DUPLEX_STREAMED):
+            return []
+        self._passing = False
+        return [StreamedBody(b"", end_of_stream=True, response=False)]
 
     def resumed(self) -> list[Reply]:
         """The wait is over, or the next one begins: what to send."""
@@ -156,6 +169,8 @@ class Session(ResponsePhase):
             late, self._late = self._late, []
             for event in late:
                 replies += self.receive(event)
+            if self._ended:
+                replies += self._last_piece()
         except Exception as error:  # noqa: BLE001 - as in `receive`
             self._arrival = None
             return self._failed(error)
@@ -166,7 +181,10 @@ class Session(ResponsePhase):
         return [] if self._phase is Phase.ANSWERED else self._answer(self._refused(error))
 
     def expire(self, now_s: float) -> list[Reply]:
-        """Called now and then: gives up on a request whose body stopped coming, for nothing but the gateway would."""
+        """Called now and then: gives up on a request whose body stopped coming, for nothing but the gateway would, or that waits for a
+        picker that stops."""
+        if self._phase is Phase.WAITING and self._limits.closing:
+            return self._answer(self._refused(ShuttingDownError("the endpoint picker is shutting down")))
         if self._phase is not Phase.BODY or now_s - self._last_s < self._limits.decision_s:
             return []
         self._limits.hits("decision_s")
@@ -238,8 +256,9 @@ class Session(ResponsePhase):
         if self._phase is Phase.HEADERS:
             raise self._refused(GatewayError("a request body came without its headers: set the gateway's request_header_mode to SEND"))
         if self._phase is Phase.WAITING and self._passing:
-            self._hold(event.body)
-            self._late.append(event)
+            if event.body or event.end_of_stream:
+                self._hold(event.body)
+                self._late.append(event)
             return []
         if self._phase is not Phase.BODY:
             return []
@@ -335,6 +354,12 @@ class Session(ResponsePhase):
             pieces,
             trailers=self._trailers,
         )
+
+    def _answered_elsewhere(self) -> None:
+        """The gateway answered in our place (a time-out of its own): there is nothing to wait for any more."""
+        self._leave()
+        self._drop_body()
+        self._phase, self._passing = Phase.ROUTED, False
 
     def _leave(self) -> None:
         """Wait no more."""

@@ -132,3 +132,32 @@ async def test_a_body_that_passes_by_follows_the_answer(gated: tuple[Core, Gate,
     assert kinds(got)[0] == "request_headers"
     assert echoed(got) == b"abcdefghi"
     call.cancel()
+
+
+async def test_a_message_that_comes_meanwhile_does_not_lose_the_wake(gated: tuple[Core, Gate, Any]) -> None:
+    _world, gate, process = gated
+    call = process()
+    await send(call, request_headers(path="/v1/audio/transcriptions"))
+    await eventually(lambda: len(gate.held) == 1, "it waits")
+    await send(call, request_body(b"abc"))
+    await eventually(lambda: _world.inflight[3] == 3, "the piece came")
+    gate.held[0].arrival.wake()
+    got = await read(call, 2)
+    assert echoed(got) == b"abc"
+    call.cancel()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_who_waits_when_the_server_stops_is_told(transport: str) -> None:
+    world, gate = core(2), Gate()
+    world.director.stages = (gate,)
+    async with serving(transport, world) as server, channel_to(server) as channel:
+        call = channel.stream_stream(PROCESS, pb.ProcessingRequest.SerializeToString, pb.ProcessingResponse.FromString)()
+        await send(call, request_headers(), request_body(chat(), end_of_stream=True))
+        await eventually(lambda: len(gate.held) == 1, "it waits")
+        world.limits.closing = True
+        stopping = asyncio.create_task(server.stop(5))
+        (answer,) = await read(call, 1)
+        assert answer.immediate_response.status.code == 503
+        await stopping
+    assert gate.held[0].cancelled

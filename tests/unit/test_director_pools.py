@@ -139,6 +139,13 @@ def test_priorities_are_the_pool_s() -> None:
         assert route(there, name, x_llm_d_inference_objective="batch").request.priority == priority
 
 
+def test_a_pool_that_its_rewrite_tells_has_its_own_priorities() -> None:
+    first, second = pool("a", objective="batch", priority=5), pool("b", model="code", target="qwen-2")
+    exchange = route(world(first, second), body=chat(model="code"), x_llm_d_inference_objective="batch")
+    assert exchange.request.pool == "b"
+    assert exchange.request.priority == 0
+
+
 def test_a_stream_carries_its_pool_through_the_session() -> None:
     there = world()
     stream = Stream(there.session(pool="b"))

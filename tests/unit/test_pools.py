@@ -36,6 +36,11 @@ def test_the_stream_s_authority_names_the_pool_s_service(authority: str, name: s
     assert Pools([pool("llama", "llama-epp"), pool("qwen", "qwen-epp")]).of(authority) == name
 
 
+@pytest.mark.parametrize("authority", ["", "[::1]:9002", "10.0.0.1:9002", "::"])
+def test_an_authority_without_a_name_is_not_the_pool_without_a_service(authority: str) -> None:
+    assert Pools([pool("llama", "llama-epp"), pool("qwen", "")]).of(authority) == ""
+
+
 def test_pools_that_share_a_service_are_not_told_apart_by_it() -> None:
     assert Pools([pool("llama", "epp"), pool("qwen", "epp")]).of("epp.prod:9002") == ""
 

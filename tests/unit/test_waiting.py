@@ -8,7 +8,7 @@ import pytest
 
 from epp.arrival import Arrival
 from epp.errors import EppError, SaturatedError
-from epp.extproc.messages import BodyMode
+from epp.extproc.messages import BodyMode, Immediate
 from tests.builders import (
     Core,
     Stream,
@@ -20,6 +20,8 @@ from tests.builders import (
     request_body,
     request_headers,
     request_trailers,
+    response_body,
+    response_headers,
 )
 
 
@@ -214,3 +216,47 @@ def test_a_body_that_can_not_be_read_does_not_wait() -> None:
     stream.send(request_headers(), request_body(b"{", end_of_stream=True))
     assert stream.got[-1].immediate_response.status.code == 400
     assert gate.held == []
+
+
+def test_a_gateway_that_answers_in_our_place_ends_the_wait() -> None:
+    gate = Gate()
+    world = gated(gate)
+    stream, _ = start(world)
+    stream.send(request_headers(), request_body(chat(), end_of_stream=True))
+    assert kinds(stream.send(response_headers(status=504))) == ["response_headers"]
+    assert gate.held[0].cancelled
+    assert stream.resume() == []
+    assert world.inflight == (0, 0, 0, 0)
+    assert kinds(stream.send(response_body(b"late", end_of_stream=True))) == ["response_body"]
+
+
+def test_who_waits_when_the_picker_stops_is_refused() -> None:
+    gate = Gate()
+    world = gated(gate)
+    stream, _ = start(world)
+    stream.send(request_headers(), request_body(chat(), end_of_stream=True))
+    world.limits.closing = True
+    (reply,) = stream.session.expire(world.clock.now_s())
+    assert isinstance(reply, Immediate)
+    assert reply.status == 503
+    assert gate.held[0].cancelled
+    assert stream.session.answered
+
+
+def test_empty_pieces_of_a_body_that_passes_by_are_not_kept() -> None:
+    gate = Gate()
+    stream, _ = start(gated(gate))
+    stream.send(request_headers(path="/v1/audio/transcriptions"), *[request_body(b"")] * 50, request_body(b"x", end_of_stream=True))
+    assert len(stream.session._late) == 1
+    gate.held[0].go()
+    assert resumed(stream) == ["request_headers", "request_body"]
+
+
+def test_a_body_that_passes_by_may_end_with_its_peer_s_half_close() -> None:
+    gate = Gate()
+    stream, _ = start(gated(gate))
+    stream.send(request_headers(modes=None, path="/v1/audio/transcriptions"), request_body(b"abc"))
+    assert stream.half_close() == []
+    gate.held[0].go()
+    assert resumed(stream) == ["request_headers", "request_body", "request_body"]
+    assert ends(stream.got) == [False, True]
