@@ -39,10 +39,14 @@ async def test_health_is_down_before_the_port_closes() -> None:
         await stop(grace_s)
 
     picker.ext_proc.stop = watched  # type: ignore[method-assign]
-    with pytest.raises(BaseExceptionGroup) as raised:
+
+    async def serve() -> None:
         async with picker.serving():
             assert picker.health.serving("readiness")
             source.go.set()
-            await asyncio.sleep(30)
+            await asyncio.Event().wait()
+
+    with pytest.raises(BaseExceptionGroup) as raised:
+        await asyncio.wait_for(serve(), 30)
     assert raised.group_contains(RuntimeError, match="a bug")
     assert seen == [False]
