@@ -15,10 +15,12 @@ from bench import BenchError
 COMMANDS = {
     "decide": "time of one decision, by endpoints and prompt tokens, in this process",
     "overhead": "CPU of one request through `epp serve`, beside a bare gRPC echo server in the same run",
+    "kv-events": "reading engines' KV-cache events: blocks a second, memory, and decisions meanwhile",
     "scrape": "CPU of reading the engines' metrics, and the age of readings, by endpoints",
     "replay": "what policies do to latency, in virtual time: the product's own scheduling against the field's",
     "compare": "two files of replay, side by side",
     "load": "open-loop load for any ext_proc picker: how long decisions take, at a rate it cannot slow down",
+    "flow": "flow control: CPU of one request queued and let through, and memory of one that waits, by requests queued",
     "live": "what policies do to latency, with real processes: simulated engines behind Envoy and the picker, and other routers",
     "echo": "the baseline by itself: an ext_proc server on grpc.aio that echoes and picks nothing",
     "metrics-stub": "model servers that only serve /metrics, for the picker to scrape",

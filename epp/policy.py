@@ -21,9 +21,8 @@ from epp.config.schema import EndpointPickerConfig, PluginSpec
 from epp.datastore import Datastore
 from epp.errors import ConfigError, Problem
 from epp.parsing.routes import Routes
-from epp.plugins.base import hook
+from epp.plugins.base import EndpointIndex, hook
 from epp.plugins.registry import Registry
-from epp.prefix.index import PrefixIndex
 from epp.scheduling.build import Built, build
 from epp.types import Endpoint
 
@@ -59,7 +58,7 @@ class Policy:
         self._changed = changed
         self._in_service = False
         self._ready: list[Callable[[], bool]] = []
-        self._leaving: list[PrefixIndex] = []
+        self._leaving: list[EndpointIndex] = []
         """Indexes of plugins no longer in service that still have blocks of gone endpoints to forget."""
         self._warned: set[str] = set()
         datastore.subscribe(removed=self._removed)

@@ -281,6 +281,10 @@ TOKEN_BYTES = 4
 """Bytes of text counted as one token where no tokenizer is run (the reference picker's `estimate` backend)."""
 
 
+TOKEN_IDS = "tokens"  # noqa: S105 - no secret, a name
+"""Of a request's attributes: the prompt's token ids where they are known, uint32 little-endian."""
+
+
 class Usage(NamedTuple):
     """Token counts an engine reported; -1 where it did not."""
 

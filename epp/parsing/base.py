@@ -18,7 +18,7 @@ from epp.errors import BadRequestError
 from epp.parsing.model_name import CHARS_MAX, checked, with_model
 from epp.parsing.usage import JsonUsage, SseUsage
 from epp.plugins.base import Plugin, UsageReader
-from epp.types import TOKEN_BYTES, LLMRequest
+from epp.types import TOKEN_BYTES, TOKEN_IDS, LLMRequest
 
 NO_KINDS: Mapping[str, str] = MappingProxyType({})
 ABSENT = msgspec.Raw(b"")
@@ -128,8 +128,10 @@ def set_text(request: LLMRequest, prompt: bytes) -> None:
     request.prompt_tokens = -(-len(prompt) // TOKEN_BYTES)
 
 
-def set_tokens(request: LLMRequest, tokens: array[int]) -> None:
+def set_tokens(request: LLMRequest, tokens: array[int], *, one_prompt: bool = True) -> None:
     request.prompt = tokens.tobytes()
+    if one_prompt:
+        request.attributes[TOKEN_IDS] = request.prompt
     request.prompt_tokens = len(tokens)
 
 
@@ -164,7 +166,7 @@ def _set_prompts(request: LLMRequest, prompts: bytes) -> None:
     inner = prompts[1:-1].strip()
     if inner[:1] == b"[" and len(prompts) <= TOKEN_LISTS_BYTES_MAX:
         try:
-            set_tokens(request, array("I", chain.from_iterable(_decode_token_lists(prompts))))
+            set_tokens(request, array("I", chain.from_iterable(_decode_token_lists(prompts))), one_prompt=False)
         except (*UNREADABLE, OverflowError):
             pass
         else:

@@ -67,7 +67,7 @@ class VllmHttpParser(JsonParser):
         features = lenient(_decode_features, parsed.features)
         if features is not None:
             request.media = mark(tokens, _spans(features))
-        set_tokens(request, tokens)
+        set_tokens(request, tokens, one_prompt=not request.media)
 
 
 def _spans(features: _Features) -> Iterator[tuple[int, int, bytes]]:

@@ -210,6 +210,23 @@ class Parser(Protocol):
         ...
 
 
+@runtime_checkable
+class EndpointIndex(Protocol):
+    """What a plugin's `index` has to be to be told of endpoints that go or are started anew; `epp.prefix.index.PrefixIndex` is one."""
+
+    @property
+    def blocks(self) -> int: ...
+
+    def reset(self, slot: int) -> None:
+        """The engine there was started anew."""
+
+    def forget(self, slot: int, then: Callable[[int], None] | None = None) -> None:
+        """The endpoint is gone; `then` is called when nothing of it is left."""
+
+    def tick(self) -> int:
+        """Called a few times a second; how much is still to be forgotten."""
+
+
 class Finished(NamedTuple):
     """How a request went, for `Hooks.finished`. -1: not known."""
 

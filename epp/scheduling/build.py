@@ -19,11 +19,11 @@ from epp.clock import Clock
 from epp.config.load import resolve_defaults
 from epp.config.schema import EndpointPickerConfig, PluginSpec, SchedulingProfile
 from epp.errors import ConfigError, Problem
-from epp.plugins.base import Context, Detector, Filter, Parser, Picker, Plugin, Producer, ProfileHandler, Scorer, hook
+from epp.plugins.base import Context, Detector, EndpointIndex, Filter, Parser, Picker, Plugin, Producer, ProfileHandler, Scorer, hook
 from epp.plugins.producers.inflight_load import InflightLoadProducer
 from epp.plugins.profile_handlers.single import SingleProfileHandler
 from epp.plugins.registry import Registry
-from epp.prefix.index import PrefixIndex
+from epp.plugins.scorers.precise_prefix_cache import PrecisePrefixCacheScorer
 from epp.scheduling.load_scores import Weighted
 from epp.scheduling.pipeline import Profile, Scheduler
 
@@ -37,6 +37,7 @@ DEFAULT_PRODUCERS = {
 """Data key -> producer added when something requires the key and nothing configured produces it."""
 
 
+PRECISE_PRODUCER = "precise-prefix-cache-producer"
 NAMES_PRODUCER = "prefixMatchInfoProducerName"
 
 
@@ -52,14 +53,13 @@ class Built:
     """Plugin -> the plugins its `bind` asked for; EVERYONE among them: it went through them all."""
 
     @property
-    def indexes(self) -> dict[tuple[str, str], PrefixIndex]:
+    def indexes(self) -> dict[tuple[str, str], EndpointIndex]:
         """Prefix indexes by plugin name and type."""
-        found = {}
-        for plugin in self.plugins.values():
-            index = getattr(plugin, "index", None)
-            if isinstance(index, PrefixIndex):
-                found[plugin.name, plugin.type] = index
-        return found
+        return {
+            (plugin.name, plugin.type): index
+            for plugin in self.plugins.values()
+            if isinstance(index := getattr(plugin, "index", None), EndpointIndex)
+        }
 
     @property
     def stage_decisions(self) -> dict[tuple[str, str], Mapping[tuple[str, str], int]]:
@@ -120,7 +120,7 @@ def build(
 
 def with_producers(config: EndpointPickerConfig, registry: Registry) -> EndpointPickerConfig:
     """With the default producer of every data key that is required and not produced (inventory section 2.1)."""
-    specs = list(config.plugins)
+    specs = [*config.plugins, *_old_precise(config, registry)]
     spoken_for = {spec.parameters.get(NAMES_PRODUCER) for spec in specs}
     """Prefix producers that a plugin names are that plugin's: one that names none has another."""
     produced = {key for spec in specs if spec.name not in spoken_for for key in registry.load(spec.type).produces}
@@ -134,6 +134,17 @@ def with_producers(config: EndpointPickerConfig, registry: Registry) -> Endpoint
                 produced.update(registry.load(type_).produces)
         at += 1
     return msgspec.structs.replace(config, plugins=tuple(specs))
+
+
+def _old_precise(config: EndpointPickerConfig, registry: Registry) -> Iterator[PluginSpec]:
+    """The producer of an old configuration's precise-prefix-cache-scorer, which was one itself."""
+    if any("prefix-match" in registry.load(spec.type).produces for spec in config.plugins):
+        return
+    for spec in config.plugins:
+        parameters = PrecisePrefixCacheScorer.producer_parameters(spec.parameters) if spec.type == PrecisePrefixCacheScorer.type else {}
+        if parameters and not registry.problems(PRECISE_PRODUCER, parameters, ""):
+            yield PluginSpec(name=PRECISE_PRODUCER, type=PRECISE_PRODUCER, parameters=parameters)
+            return
 
 
 EVERYONE = "*"

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import xxhash
 
 from epp.sim.kv_cache import KVCache
+from epp.sim.kv_event_log import KVEventLog
 from epp.types import TOKEN_BYTES
 
 _WORDS = (
@@ -72,11 +73,12 @@ class Sequence:
     """One prompt and its reply, from submission to the end. Changed only by the engine."""
 
     __slots__ = (
-        "admitted_s", "arrival_s", "blocks", "cached_tokens", "computed_tokens", "content", "finish_reason", "first_token_s",
+        "admitted_s", "arrival_s", "blocks", "cache_salt", "cached_tokens", "computed_tokens", "content", "finish_reason", "first_token_s",
         "generated_tokens", "hashed_blocks", "hashes", "max_tokens", "prompt_bytes", "prompt_tokens",
     )  # fmt: skip
 
-    def __init__(self, prompt: bytes, reply: bytes, max_tokens: int, salt: int, arrival_s: float) -> None:
+    def __init__(self, prompt: bytes, reply: bytes, max_tokens: int, cache_salt: str, arrival_s: float) -> None:
+        self.cache_salt = cache_salt
         self.content = prompt + reply
         """The reply is known from the start; `generated_tokens` says how much of it has been said."""
         self.prompt_bytes = len(prompt)
@@ -91,7 +93,7 @@ class Sequence:
         self.cached_tokens = 0
         """Prompt tokens found in the prefix cache at admission."""
         self.blocks: list[int] = []
-        self.hashes = [salt]
+        self.hashes = [xxhash.xxh3_64_intdigest(cache_salt.encode(errors="surrogatepass"))]
         """Chained: `hashes[i + 1]` names the content of block i and all before it; made as needed."""
         self.hashed_blocks = 0
         """Leading `blocks` known to the prefix cache."""
@@ -174,11 +176,26 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """Oldest first."""
+        self.events: KVEventLog | None = None
+        """Of what happens to the cache, if anybody wants to know: see `log_events`."""
         self._seed = seed
         self._block_bytes = profile.block_tokens * TOKEN_BYTES
 
     def __repr__(self) -> str:
         return f"<Engine running={len(self.running)} waiting={len(self.waiting)} {self.cache!r}>"
+
+    def log_events(self) -> KVEventLog:
+        """From now on."""
+        self.events = KVEventLog(self.profile.block_tokens)
+        self.cache.evicted = self.events.removed
+        return self.events
+
+    def reset_cache(self) -> bool:
+        """Forget all cached content; refused (False) while any of it is in use."""
+        done = self.cache.reset()
+        if done and self.events is not None:
+            self.events.cleared()
+        return done
 
     @property
     def busy(self) -> bool:
@@ -193,8 +210,7 @@ class Engine:
         prompt_tokens = prompt_tokens_of(prompt)
         if prompt_tokens + max_tokens > self.profile.context_tokens_max:
             raise ContextTooLongError(prompt_tokens, max_tokens, self.profile.context_tokens_max)
-        salt = xxhash.xxh3_64_intdigest(cache_salt.encode(errors="surrogatepass"))
-        sequence = Sequence(prompt, self._reply(prompt, max_tokens), max_tokens, salt, now_s)
+        sequence = Sequence(prompt, self._reply(prompt, max_tokens), max_tokens, cache_salt, now_s)
         self.waiting.append(sequence)
         return sequence
 
@@ -304,8 +320,12 @@ class Engine:
 
     def _remember(self, sequence: Sequence, full_blocks: int) -> None:
         hashes = sequence.hashes_up_to(full_blocks, self._block_bytes)
+        events = self.events
         for position in range(sequence.hashed_blocks, full_blocks):
-            self.cache.remember(sequence.blocks[position], hashes[position])
+            if self.cache.remember(sequence.blocks[position], hashes[position]) and events is not None:
+                start = position * self._block_bytes
+                parent = hashes[position - 1] if position else None
+                events.stored(hashes[position], parent, sequence.content[start : start + self._block_bytes], sequence.cache_salt)
         sequence.hashed_blocks = max(sequence.hashed_blocks, full_blocks)
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -10,7 +10,7 @@ a hit. As in vLLM one block of the total is the null block, never handed out. Co
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 class KVCache:
@@ -20,6 +20,8 @@ class KVCache:
         self.usable = total_blocks - 1
         self.evictions_total = 0
         """Cached blocks given away to new content."""
+        self.evicted: Callable[[int], None] | None = None
+        """Told the content hash of each."""
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.usable))
         """Next to be given away first."""
         self._references = [0] * self.usable
@@ -78,14 +80,18 @@ class KVCache:
                 del self._block_of[old_hash]
                 self._hash_of[block] = None
                 self.evictions_total += 1
+                if self.evicted is not None:
+                    self.evicted(old_hash)
             self._references[block] = 1
             blocks.append(block)
         return blocks
 
-    def remember(self, block: int, block_hash: int) -> None:
-        """From now on `block` answers for this content. The first block with a content keeps answering; a twin stays anonymous."""
-        if self._block_of.setdefault(block_hash, block) == block:
-            self._hash_of[block] = block_hash
+    def remember(self, block: int, block_hash: int) -> bool:
+        """From now on `block` answers for this content. The first block with a content keeps answering; a twin stays anonymous (False)."""
+        if self._block_of.setdefault(block_hash, block) != block:
+            return False
+        self._hash_of[block] = block_hash
+        return True
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop a reference to each. The tail is freed first, so that a prefix outlives what was built on it."""

@@ -32,6 +32,12 @@ class SimOptions:
     seed: int = 0
     """Of the first engine; the next ones count up from it, so that each has its own replies."""
     profile: EngineProfile = field(default_factory=EngineProfile)
+    kv_events_port: int | None = None
+    """Of the first engine's publisher of KV-cache events; 0 lets the system choose; None: they publish none."""
+    kv_events_replay_port: int | None = None
+    """Where missed ones can be asked for, likewise."""
+    kv_events_topic: str = ""
+    """Empty: `kv@ADDRESS@MODEL`."""
 
     def engine_ports(self) -> tuple[int, ...]:
         return self.ports or tuple(self.port + offset if self.port else 0 for offset in range(self.count))
@@ -69,6 +75,13 @@ def add_sim_arguments(parser: argparse.ArgumentParser) -> None:
         help="time a step takes longer for each uncached prompt token (default %(default)g)")  # fmt: skip
     add("--decode-request-us", type=_not_negative, default=profile.decode_request_s * 1e6, metavar="US",
         help="time a step takes longer for each request in it (default %(default)g)")  # fmt: skip
+    add("--kv-events-port", type=_whole(0), metavar="PORT",
+        help="publish what happens to the KV cache (ZeroMQ, as vLLM does), the first engine at this port and the others at those that follow; "
+             "0: any free (default: nothing is published)")  # fmt: skip
+    add("--kv-events-replay-port", type=_whole(0), metavar="PORT",
+        help="answer questions for missed events here, the other engines at the ports that follow (default: nowhere)")  # fmt: skip
+    add("--kv-events-topic", default=options.kv_events_topic, metavar="TOPIC",
+        help="what every event is published under (default: kv@ADDRESS@MODEL of the engine)")  # fmt: skip
     add("--seed", type=_whole(0), default=options.seed, help="replies are a function of the prompt and this (default %(default)s)")
 
 
@@ -83,7 +96,8 @@ def sim_options(args: argparse.Namespace) -> SimOptions:
         prefill_token_s=args.prefill_token_us / 1e6,
         decode_request_s=args.decode_request_us / 1e6,
     )
-    names = ("host", "port", "count", "model", "time_scale", "tokens_per_chunk", "seed")
+    names = ("host", "port", "count", "model", "time_scale", "tokens_per_chunk", "seed",
+             "kv_events_port", "kv_events_replay_port", "kv_events_topic")  # fmt: skip
     fields: dict[str, Any] = {name: getattr(args, name) for name in names}
     return SimOptions(**fields, profile=profile)
 

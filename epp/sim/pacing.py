@@ -11,6 +11,7 @@ a step, under 1 µs a token, one wake-up for each `wake_tokens` tokens of a requ
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 
 from epp.sim.engine import Engine, Load, Sequence, Step
@@ -70,12 +71,14 @@ class Reply:
 class Pacer:
     """Runs one engine. Use from one event loop; `close` when done."""
 
-    def __init__(self, engine: Engine, metrics: EngineMetrics, time_scale: float) -> None:
+    def __init__(self, engine: Engine, metrics: EngineMetrics, time_scale: float, stepped: Callable[[], None] = lambda: None) -> None:
+        """`stepped` is called when a step has ended, before what it brought is told."""
         if time_scale <= 0:
             raise ValueError(f"time_scale must be above 0, not {time_scale}")
         self.engine = engine
         self.metrics = metrics
         self._scale = time_scale
+        self._stepped = stepped
         self._loop = asyncio.get_running_loop()
         self._parts: dict[Sequence, Part] = {}
         self._step: Step | None = None
@@ -163,6 +166,7 @@ class Pacer:
         step, self._step, self._timer = self._step, None, None
         assert step is not None
         self.metrics.record_step(step, self._load)
+        self._stepped()
         self._tell(step)
         if self.engine.busy:
             now_s = self._loop.time()

@@ -27,6 +27,7 @@ from aiohttp import web
 from epp.errors import StartError
 from epp.sim import exposition, openai
 from epp.sim.engine import ContextTooLongError, Engine
+from epp.sim.kv_events import KVEventPublisher
 from epp.sim.options import SimOptions, add_sim_arguments, sim_options
 from epp.sim.pacing import WAKE_AT_END, Pacer, Reply
 from epp.types import Address
@@ -54,6 +55,8 @@ class SimServer:
         self.fault = "ok"
         self.address = Address("", 0)
         """Known once started."""
+        self.publisher: KVEventPublisher | None = None
+        """Of KV-cache events, once started, if there is to be one."""
         self._runner: web.AppRunner | None = None
         self._pacer: Pacer | None = None
         self._fault_changed = asyncio.Event()
@@ -74,7 +77,7 @@ class SimServer:
 
     async def start(self, host: str, port: int) -> None:
         """Listen; port 0 lets the system choose. Raises StartError if the port can't be had."""
-        self._pacer = Pacer(self.engine, self.metrics, self._options.time_scale)
+        self._pacer = Pacer(self.engine, self.metrics, self._options.time_scale, self._publish)
         self._created_s = int(time.time())
         runner = web.AppRunner(self._application(), access_log=None, handler_cancellation=True, shutdown_timeout=_DRAIN_S)
         await runner.setup()
@@ -87,9 +90,20 @@ class SimServer:
             raise StartError(f"can't listen on {host} port {port}: {error.strerror}") from None
         self._runner = runner
         self.address = Address(host, runner.addresses[0][1])
+        options = self._options
+        if options.kv_events_port is not None:
+            topic = options.kv_events_topic or f"kv@{self.address}@{options.model}"
+            self.publisher = KVEventPublisher(self.engine.log_events(), topic)
+            try:
+                await self.publisher.start(host, options.kv_events_port, options.kv_events_replay_port)
+            except OSError as error:
+                await self.stop()
+                raise StartError(f"can't publish KV-cache events on {host} port {options.kv_events_port}: {error.strerror}") from None
 
     async def stop(self) -> None:
         """Drop every request and stop listening."""
+        if self.publisher is not None:
+            await self.publisher.stop()
         if self._pacer is not None:
             self._pacer.close()
         if self._runner is not None:
@@ -105,6 +119,10 @@ class SimServer:
         self._fault_changed = asyncio.Event()
         if self._pacer is not None:
             self._pacer.freeze(mode == "hang")
+
+    def _publish(self) -> None:
+        if self.publisher is not None:
+            self.publisher.publish()
 
     def _application(self) -> web.Application:
         app = web.Application(client_max_size=BODY_BYTES_MAX)
@@ -203,7 +221,10 @@ class SimServer:
         return web.json_response({"version": openai.VERSION})
 
     async def _reset_prefix_cache(self, _request: web.Request) -> web.Response:
-        return web.json_response({"success": self.engine.cache.reset()})
+        done = self.engine.reset_cache()
+        if self.idle:  # else with the step under way, as vLLM does
+            self._publish()
+        return web.json_response({"success": done})
 
     async def _admin_fail(self, request: web.Request) -> web.Response:
         try:
@@ -242,13 +263,24 @@ def _too_long(error: ContextTooLongError) -> openai.RejectedError:
     return openai.RejectedError(400, "BadRequestError", message, "input_tokens")
 
 
+def _nth(port: int | None, index: int) -> int | None:
+    return port + index if port else port
+
+
 @contextlib.asynccontextmanager
 async def running_engines(options: SimOptions) -> AsyncIterator[list[SimServer]]:
     """All the engines, listening; stopped on the way out. Raises StartError if one can't start, and then none runs."""
     async with contextlib.AsyncExitStack() as stack:
         servers: list[SimServer] = []
         for index, port in enumerate(options.engine_ports()):
-            server = SimServer(replace(options, seed=options.seed + index))
+            server = SimServer(
+                replace(
+                    options,
+                    seed=options.seed + index,
+                    kv_events_port=_nth(options.kv_events_port, index),
+                    kv_events_replay_port=_nth(options.kv_events_replay_port, index),
+                )
+            )
             await server.start(options.host, port)
             stack.push_async_callback(server.stop)
             servers.append(server)

@@ -113,4 +113,4 @@ def test_the_reference_pickers_spellings_of_acronyms_are_ours() -> None:
 
 def test_cases_are_of_what_has_the_method() -> None:
     assert {case.type for case in cases("pick")} == {"max-score-picker", "random-picker", "weighted-random-picker"}
-    assert {case.type for case in cases("saturation")} == {"utilization-detector", "concurrency-detector"}
+    assert {case.type for case in cases("saturation")} == {"utilization-detector", "concurrency-detector", "predicted-wait-detector"}

@@ -1,11 +1,17 @@
-"""approx-prefix-cache-producer: what it finds, what it remembers, how it cuts prompts."""
+"""Prefix producers: what they find, what it remembers, how it cuts prompts."""
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from epp.plugins.producers.approx_prefix_cache import ApproxPrefixCacheProducer
-from epp.types import Decision, Endpoint, LLMRequest, Snapshot
+from epp.plugins.producers.precise_prefix_cache import PrecisePrefixCacheProducer
+from epp.prefix.kv_events import BlockStored
+from epp.types import TOKEN_IDS, Decision, Endpoint, LLMRequest, Snapshot
 from tests.builders import llm_request, pool_of
 from tests.contract.situations import built
 
@@ -136,3 +142,52 @@ def test_each_producer_keeps_its_match_and_the_first_ones_is_the_requests() -> N
     assert request.prefix is request.attributes["approx-prefix-cache-producer"]
     assert request.attributes["coarse"] is not request.prefix
     assert len(request.attributes["coarse"].hashes) == 4
+
+
+# precise-prefix-cache-producer where engines tell nothing
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(1, 12), st.booleans()), max_size=30))
+def test_without_events_the_precise_producer_is_the_approximate_one(requests: list[tuple[int, int, int, bool]]) -> None:
+    approximate, precise = producer(blockGrowth="uniform"), built(PrecisePrefixCacheProducer.type)
+    pool = pool_of({}, {}, {})
+    for place, family, blocks, with_tokens in requests:
+        text = b"".join(bytes([family, number]) * 128 for number in range(blocks))
+        ours, theirs = prompted(text), prompted(text)
+        if with_tokens:
+            ours.attributes[TOKEN_IDS] = text
+        for made, request in ((precise, ours), (approximate, theirs)):
+            made.produce(request, Snapshot.of(pool))  # type: ignore[attr-defined]
+            made.picked(request, sent_to(pool[place]))  # type: ignore[attr-defined]
+        assert ours.prefix is not None
+        assert theirs.prefix is not None
+        assert ours.prefix.matched_tokens == theirs.prefix.matched_tokens
+        assert ours.prefix.prompt_tokens == theirs.prefix.prompt_tokens
+
+
+@given(
+    st.lists(st.integers(0, 5), max_size=70),
+    st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 5), max_size=70)), max_size=6),
+)
+def test_where_engines_tell_whole_blocks_count_but_never_the_last_token(prompt: list[int], stored: list[tuple[int, list[int]]]) -> None:
+    block = 4
+    precise = built(PrecisePrefixCacheProducer.type)
+    assert isinstance(precise, PrecisePrefixCacheProducer)
+    pool = pool_of({}, {}, {})
+    told: dict[int, list[tuple[int, ...]]] = {}
+    for slot, tokens in stored:
+        whole = len(tokens) // block * block
+        names = [hash(tuple(tokens[: end + block])) for end in range(0, whole, block)]
+        precise.index.precise.apply(slot, BlockStored(names, None, array("I", tokens[:whole]).tobytes(), block))
+        if whole:
+            told.setdefault(slot, []).append(tuple(tokens[:whole]))
+    request = prompted(array("I", prompt).tobytes())
+    request.attributes[TOKEN_IDS] = request.prompt
+    precise.produce(request, Snapshot.of(pool))
+    expected = {}
+    for slot, everything in told.items():
+        shared = max(next((i for i, (a, b) in enumerate(zip(prompt, one)) if a != b), min(len(prompt), len(one))) for one in everything)  # noqa: B905
+        cached = min(shared, max(0, len(prompt) - 1)) // block * block
+        if cached:
+            expected[slot] = cached
+    assert (request.prefix.matched_tokens if request.prefix is not None else {}) == expected

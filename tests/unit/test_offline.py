@@ -237,7 +237,7 @@ def test_parameters_are_shown_with_limits_defaults_and_what_is_in_them(capsys: p
         "      value: float = 0.0\n"
     ) in shown
     shown = Ran(capsys, "plugins", "show", "token-producer").out
-    assert '  backend: "" | estimate | vllm | uds = ""\n  estimate: mapping | null = null\n' in shown
+    assert '  backend: "" | estimate | vllm | uds | local | engine = ""\n  estimate: mapping | null = null\n' in shown
     assert "  conditions: list of mapping (required)\n    metric: " in Ran(capsys, "plugins", "show", "utilization-filter").out
     assert "deprecated: use disagg-profile-handler\n" in Ran(capsys, "plugins", "show", "pd-profile-handler").out
 

@@ -11,11 +11,12 @@ from base64 import b64encode
 import pytest
 
 from epp.errors import BadRequestError
+from epp.parsing.base import set_prompt
 from epp.parsing.passthrough import PassthroughParser
 from epp.parsing.sglang_http import SglangHttpParser
 from epp.parsing.vllm_http import VllmHttpParser
 from epp.plugins.base import Parser
-from epp.types import LLMRequest, Usage
+from epp.types import TOKEN_IDS, LLMRequest, Usage
 
 PNG = b64encode(b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII5B", 13, b"IHDR", 64, 64, 8, 2, 0, 0, 0) + b"\0" * 300).decode()
 
@@ -182,3 +183,13 @@ def test_passthrough_reads_nothing() -> None:
 def test_models_are_renamed_in_json_bodies() -> None:
     for parser, name in itertools.product((VllmHttpParser(), SglangHttpParser()), ("n", "a/b")):
         assert parser.with_model(b'{"x":{"model":1},"model":"m"}', name) == b'{"x":{"model":1},"model":"%b"}' % name.encode()
+
+
+def test_a_client_s_own_token_ids_are_known_as_such() -> None:
+    request = LLMRequest(id="r", path="", headers={})
+    set_prompt(request, b"[1, 2, 70000]")
+    assert request.attributes[TOKEN_IDS] == request.prompt == array("I", [1, 2, 70_000]).tobytes()
+    several = LLMRequest(id="r", path="", headers={})
+    set_prompt(several, b"[[1, 2], [3]]")
+    assert several.prompt_tokens == 3
+    assert TOKEN_IDS not in several.attributes

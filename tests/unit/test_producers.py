@@ -15,7 +15,7 @@ from epp.plugins.producers.approx_prefix_cache import ApproxPrefixCacheProducer
 from epp.plugins.producers.inflight_load import InflightLoadProducer
 from epp.plugins.producers.precise_prefix_cache import PrecisePrefixCacheProducer
 from epp.plugins.producers.session_id import SessionIdProducer
-from epp.plugins.producers.token import TokenProducer
+from epp.plugins.producers.token import EngineConfig, LocalConfig, LocalModel, TokenProducer, VllmConfig
 from epp.types import Decision, LLMRequest, Snapshot
 from tests.builders import llm_request, pool_of
 
@@ -135,12 +135,6 @@ def test_how_many_blocks_a_long_prompt_is_cut_into(cls: type[PrefixProducer], pa
     assert len(request.prefix.hashes) == blocks
 
 
-def test_the_precise_producer_says_once_that_it_is_not_precise_yet(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "epp"):
-        PrecisePrefixCacheProducer().bind(CONTEXT)
-    assert len(caplog.records) == 1
-
-
 EVERYTHING_PRECISE: dict[str, object] = {
     "tokenProcessorConfig": {"blockSizeTokens": 64, "hashSeed": "42", "hashAlgorithm": "cbor-fnv"},
     "indexerConfig": {
@@ -221,9 +215,11 @@ def test_what_a_request_weighs(parameters: dict[str, object], output_max: int | 
         ({"estimate": {}}, 0),
         ({"backend": "estimate"}, 0),
         ({"estimate": {"image": {"mode": "static", "static": {"staticToken": 256}}}}, 1),
-        ({"modelName": "m"}, 1),
-        ({"backend": "vllm", "modelName": "m", "vllm": {"url": "http://localhost:8000", "timeout": "5s", "mmTimeout": "30s"}}, 1),
+        ({"modelName": "m"}, 0),
+        ({"backend": "vllm", "modelName": "m", "vllm": {"url": "http://localhost:8000", "timeout": "5s", "mmTimeout": "30s"}}, 0),
+        ({"local": {"models": [{"name": "m", "path": "/models/m"}]}}, 0),
         ({"modelName": "m", "udsTokenizerConfig": {"socketFile": "/tmp/s", "useTCP": False}}, 1),
+        ({"backend": "uds"}, 1),
         ({"udsTokenizerConfig": {}}, 0),
     ],
 )
@@ -240,6 +236,28 @@ def test_a_tokenizer_that_does_not_run_is_told_of_once(
 
 
 @pytest.mark.parametrize(
+    ("parameters", "exact"),
+    [
+        ({}, None),
+        ({"estimate": {}}, None),
+        ({"backend": "estimate"}, None),
+        ({"modelName": "m"}, VllmConfig()),
+        ({"backend": "vllm"}, VllmConfig()),
+        ({"vllm": {"url": "https://render:8000", "timeout": "1s"}, "modelName": "m"}, VllmConfig(url="https://render:8000", timeout="1s")),
+        ({"backend": "engine"}, EngineConfig()),
+        ({"engine": {"timeout": "100ms", "inFlightMax": 8}}, EngineConfig(timeout="100ms", in_flight_max=8)),
+        (
+            {"backend": "local", "local": {"models": [{"name": "m", "path": "/m", "aliases": ["a"], "chatTemplate": "/t"}], "workers": 4}},
+            LocalConfig(models=(LocalModel(name="m", path="/m", aliases=("a",), chat_template="/t"),), workers=4),
+        ),
+        ({"modelName": "m", "udsTokenizerConfig": {"socketFile": "/tmp/s"}}, None),
+    ],
+)
+def test_how_a_configuration_wants_its_prompts_tokenized(parameters: dict[str, object], exact: object) -> None:
+    assert msgspec.convert(parameters, TokenProducer).exact == exact
+
+
+@pytest.mark.parametrize(
     "parameters",
     [
         {"estimate": {}, "modelName": "m"},
@@ -247,8 +265,19 @@ def test_a_tokenizer_that_does_not_run_is_told_of_once(
         {"vllm": {}, "modelName": "m", "udsTokenizerConfig": {"socketFile": "/tmp/s"}},
         {"vllm": {}},
         {"vllm": {"timeout": "5 seconds"}, "modelName": "m"},
+        {"vllm": {"timeout": "0s"}, "modelName": "m"},
+        {"vllm": {"url": "localhost:8000"}, "modelName": "m"},
         {"vllm": {"uri": "x"}, "modelName": "m"},
         {"backend": "hf"},
+        {"backend": "local"},
+        {"local": {}},
+        {"local": {"models": []}},
+        {"local": {"models": [{"name": "m"}]}},
+        {"local": {"models": [{"name": "m", "path": "/a"}, {"name": "n", "path": "/b", "aliases": ["m"]}]}},
+        {"local": {"models": [{"name": "m", "path": "/a"}], "workers": 0}},
+        {"local": {"models": [{"name": "m", "path": "/a"}]}, "modelName": "m"},
+        {"local": {"models": [{"name": "m", "path": "/a"}]}, "engine": {}},
+        {"engine": {"scheme": "ftp"}},
         {"model": "m"},
     ],
 )

@@ -1,7 +1,7 @@
 """precise-prefix-cache-scorer: the old all-in-one form of precise prefix routing, kept so that old configurations run.
 
-It scores what a prefix producer found, as prefix-cache-scorer does. Its parameters configured an index fed by the engines' KV events;
-they are accepted and not looked into, for such an index is a producer's business.
+It scores what a prefix producer found, as prefix-cache-scorer does, and weighs it by where it is cached (gpu, cpu) where the producer knows.
+Its parameters configured an index fed by the engines' KV events: those that still mean something are the producer's (`producer_parameters`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from epp.types import Endpoint, LLMRequest
 
 
 class PrecisePrefixCacheScorer(Plugin):
-    """matched / prompt, in tokens, of the first prefix producer.
+    """matched / prompt, in tokens, of the first prefix producer; a token on a slower tier counts by the weight of that.
 
-    KV events come with precise routing and are not read yet: until then it sees the approximate index, of the first prefix producer
-    configured, else of approx-prefix-cache-producer, which is added.
+    Where no prefix producer is configured, one is added. Parameters are those of precise-prefix-cache-producer, and what was configured beside
+    them in the old form, which is accepted and not looked into.
     """
 
     type: ClassVar[str] = "precise-prefix-cache-scorer"
@@ -42,4 +42,15 @@ class PrecisePrefixCacheScorer(Plugin):
         if match is None or not match.matched_tokens:
             return {}
         total = match.prompt_tokens
-        return {slot: tokens / total for slot, tokens in match.matched_tokens.items()}
+        return {slot: tokens / total for slot, tokens in getattr(match, "weighted_tokens", match.matched_tokens).items()}
+
+    @classmethod
+    def producer_parameters(cls, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """What of an old configuration is for precise-prefix-cache-producer."""
+        kept = {name: parameters[name] for name in ("kvEventsConfig", "speculativeIndexing") if parameters.get(name)}
+        if parameters.get("speculativeTTL"):
+            kept["speculativeTTL"] = parameters["speculativeTTL"]
+        indexer = parameters.get("indexerConfig") or {}
+        found = {name: indexer[name] for name in ("kvBlockIndexConfig", "kvCacheBackendConfigs") if indexer.get(name)}
+        processor = parameters.get("tokenProcessorConfig") or indexer.get("tokenProcessorConfig")
+        return kept | ({"indexerConfig": found} if found else {}) | ({"tokenProcessorConfig": processor} if processor else {})
