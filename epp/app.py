@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import ssl
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,19 +30,21 @@ from epp.engines.scraper import Scraper
 from epp.engines.settings import Families, fetch_options, interval_s
 from epp.errors import ConfigError, Problem, StartError
 from epp.extproc import tls
-from epp.extproc.grpc_aio import GrpcServer
 from epp.extproc.h2_policy import H2Limits
 from epp.extproc.health import Health
 from epp.extproc.limits import Limits
 from epp.extproc.server import H2Server, listen_problem
 from epp.extproc.session import Session
+from epp.kv_routing import KvRouting
 from epp.observe.metrics import Metrics
 from epp.outliers import Outliers
 from epp.plugins.base import Plugin
 from epp.plugins.registry import Registry
 from epp.policy import Policy
 from epp.pools import Pools
+from epp.ports import ext_proc_server, metrics_tls
 from epp.process import Signals, collect_rarely
+from epp.queueing import Queueing
 from epp.sources.config_file import ConfigFile
 from epp.sources.files import FileSource
 from epp.sources.resources import ResourcesFile
@@ -156,6 +157,14 @@ class Picker:
             header_count_max=options.max_header_count,
             decision_s=options.decision_timeout_s,
         )
+        self.queueing = Queueing(self.policy, self.datastore, self.director.candidates, clock, rng)
+        try:
+            self.kv_routing = KvRouting(self.datastore, clock, rng, plugins.values(), engine=self.scraper.engine, limit_hit=self._limit_hit)
+        except ValueError as error:
+            raise ConfigError("configuration", [Problem("plugins", str(error))]) from None
+        self.director.stages = (*self.kv_routing.stages, *self.queueing.stages)
+        self.queueing.follow(self.director, self._priorities())
+        self.metrics.parts += [self.queueing.families, self.kv_routing.families]
         self._reloaders: list[tls.Reloader] = []
         self._make_servers(options, clock, self.director, decisions)
 
@@ -174,33 +183,14 @@ class Picker:
             pool = pools.of(authority.decode("latin-1")) if pools.several else ""
             return Session(director, self.session_limits, clock, pool)
 
-        if options.client_ca_file and not options.secure_serving:
-            raise ConfigError("command line", [Problem("--client-ca-file", "needs TLS: leave --secure-serving on")])
-        pair = (tls.load(options.cert_path) if options.cert_path else tls.self_signed()) if options.secure_serving else None
-        self.ext_proc: H2Server | GrpcServer
-        if options.transport == "grpc":
-            self.ext_proc = GrpcServer(
-                new_session=new_session,
-                health=self.health,
-                message_bytes_max=limits.message_bytes_max,
-                streams_max=limits.streams_max,
-                clock=clock,
-                tls=pair,
-                client_ca_file=options.client_ca_file,
-            )
-        else:
-            self.ext_proc = H2Server(
-                health=self.health,
-                session_limits=self.session_limits,
-                limits=limits,
-                clock=clock,
-                new_session=new_session,
-                tls=tls.server_context(pair, client_ca_file=options.client_ca_file) if pair else None,
-            )
-        if pair is not None and options.cert_path and options.enable_cert_reload:
-            self._reloaders.append(tls.Reloader(options.cert_path, pair, self.ext_proc.present))
+        self.ext_proc, reloader = ext_proc_server(
+            options, health=self.health, limits=limits, session_limits=self.session_limits, clock=clock, new_session=new_session
+        )
+        self._reloaders += [reloader] if reloader is not None else []
         self.health_server = H2Server(health=self.health, session_limits=self.session_limits, limits=limits, clock=clock)
         reviewer = self.cluster.reviewer if self.cluster is not None else None
+        context, reloader = metrics_tls(options)
+        self._reloaders += [reloader] if reloader is not None else []
         self.http = HttpServer(
             self.metrics,
             director,
@@ -212,20 +202,8 @@ class Picker:
             admin_token=self._admin_token,
             listen_problem=listen_problem,
             authorize=reviewer.allowed if reviewer is not None else None,
-            tls=self._metrics_tls(options),
+            tls=context,
         )
-
-    def _metrics_tls(self, options: ServeOptions) -> ssl.SSLContext | None:
-        """For the metrics port; its certificate is read again when it is renewed. Raises StartError."""
-        if not options.metrics_cert_dir:
-            return None
-        flag = "--metrics-cert-dir"
-        pair = tls.load(options.metrics_cert_dir, flag=flag)
-        context = tls.server_context(
-            pair, client_ca_file=options.metrics_client_ca_file, client_ca_flag="--metrics-client-ca-file", protocol="http/1.1"
-        )
-        self._reloaders.append(tls.Reloader(options.metrics_cert_dir, pair, lambda renewed: tls.use(context, renewed), flag=flag))
-        return context
 
     def _read_config(self, options: ServeOptions) -> None:
         """The policy, for the first time. Raises ConfigError."""
@@ -266,6 +244,8 @@ class Picker:
         if self.director is None:
             return
         self.director.use(built.scheduler, self.policy.routes)
+        self.director.stages = (*self.kv_routing.follow(built.plugins.values()), *self.queueing.stages)
+        self.queueing.follow(self.director, self._priorities())
         try:
             self._families = Families(built.plugins)
             changed = fetch_options(built.plugins, self.options.model_server_token_file) != self._fetching
@@ -294,6 +274,7 @@ class Picker:
                 try:
                     if self.cluster is not None:
                         await self.cluster.first_sync(FIRST_SYNC_S)
+                    await self.kv_routing.start()
                     await self.scraper.first_round(FIRST_ROUND_S)
                     await self.ext_proc.start(host, options.grpc_port)
                     running += [tasks.create_task(loop) for loop in self._loops()]
@@ -317,6 +298,7 @@ class Picker:
         yield self.ext_proc.run()
         yield self.health_server.run()
         yield forever(self._tick, TICK_S)
+        yield self.kv_routing.run()
         for source in self._files:
             yield source.run()
         if self.options.check_models:
@@ -329,6 +311,7 @@ class Picker:
     async def drain(self, hurry: asyncio.Event) -> None:
         """Say NOT_SERVING, let another replica lead, and go on serving for the drain time, or until told to hurry."""
         self.health.draining = True
+        self.queueing.close()
         _log.info("draining", extra={"fields": {"seconds": self.options.drain_timeout_s}})
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.options.drain_timeout_s), asyncio.TaskGroup() as tasks:
@@ -367,6 +350,9 @@ class Picker:
     def _leading(self, leading: bool) -> None:
         self.health.leading = leading
         self.metrics.leading = leading
+
+    def _priorities(self) -> set[int]:
+        return set().union(*(pool.resources.priorities for pool in self.pools))
 
     def _limit_hit(self, name: str) -> None:
         self.metrics.limit_hits[name] += 1

@@ -102,6 +102,10 @@ def _usable(staying: Sequence[Endpoint]) -> Sequence[Endpoint]:
     return [e for e in staying if e.healthy and not e.ejected] or [e for e in staying if not e.ejected] or staying
 
 
+def _nobody() -> None:
+    pass
+
+
 class Datastore:
     """The endpoints of one pool, or of several, and their load."""
 
@@ -114,6 +118,8 @@ class Datastore:
         self._endpoints_max = endpoints_max
         self._free_slots: list[int] = []
         self._slots_made = 0
+        self.noticed: Callable[[], None] = _nobody
+        """Called when a reading came or an endpoint came, went or changed its state: who waits for room looks again."""
         self._added: list[Callable[[Endpoint], None]] = []
         self._removed: list[Callable[[Endpoint], None]] = []
 
@@ -176,6 +182,7 @@ class Datastore:
         for endpoint in come:
             for tell in self._added:
                 tell(endpoint)
+        self.noticed()
 
     def free_slot(self, slot: int) -> None:
         """The slot's last trace is gone from the prefix index: a new endpoint may have it."""
@@ -206,6 +213,7 @@ class Datastore:
         endpoint.trusted = 1.0
         self.changes.add(endpoint.slot)
         self.set_healthy(endpoint, healthy=True)
+        self.noticed()
 
     def record_silence(self, endpoint: Endpoint) -> None:
         """A scrape brought no reading: the last one counts less the older it gets."""
@@ -231,23 +239,27 @@ class Datastore:
             endpoint.kv_usage = kv_usage
             endpoint.sent_tokens = 0
         self.changes.add(endpoint.slot)
+        self.noticed()
 
     def set_healthy(self, endpoint: Endpoint, *, healthy: bool) -> None:
         if endpoint.healthy is not healthy:
             endpoint.healthy = healthy
             self._ready = None
+            self.noticed()
 
     def set_ejected(self, endpoint: Endpoint, *, ejected: bool, half_open: bool = False) -> None:
         endpoint.half_open = half_open
         if endpoint.ejected is not ejected:
             endpoint.ejected = ejected
             self._ready = None
+            self.noticed()
 
     def set_draining(self, endpoint: Endpoint, *, draining: bool) -> None:
         """Mark it, or take the mark away; what its source says of it stays as it is."""
         if endpoint.drain_marked is not draining:
             endpoint.drain_marked = draining
             self._ready = None
+            self.noticed()
 
     def staleness_s(self, endpoint: Endpoint) -> float:
         """Age of the endpoint's last reading; infinite before the first."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from epp.arrival import Arrival, Stage, Understood
 from epp.candidates import Candidates, Models
@@ -33,8 +33,10 @@ _log = logging.getLogger("epp.decision")
 REWRITE_HEADER, REWRITE_HEADER_OLD = "x-llm-d-model-name-rewrite", "x-gateway-model-name-rewrite"
 OBJECTIVE_HEADER, OBJECTIVE_HEADER_OLD = "x-llm-d-inference-objective", "x-gateway-inference-objective"
 FAIRNESS_HEADER, FAIRNESS_HEADER_OLD = "x-llm-d-inference-fairness-id", "x-gateway-inference-fairness-id"
+TTL_HEADER, TTL_HEADER_OLD = "x-llm-d-request-ttl", "x-gateway-request-ttl"
 OWN_HEADERS = frozenset({
     REWRITE_HEADER, REWRITE_HEADER_OLD, OBJECTIVE_HEADER, OBJECTIVE_HEADER_OLD, FAIRNESS_HEADER, FAIRNESS_HEADER_OLD,
+    TTL_HEADER, TTL_HEADER_OLD,
 })  # fmt: skip
 """Headers meant for us: the engine does not see them."""
 TEST_SELECTION = "test-epp-endpoint-selection"
@@ -48,6 +50,12 @@ LEFT_OUT_SHOWN_MAX = 32
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"?')
 _IF_AVAILABLE = re.compile(r"(?:^|,)[ \t]*if-available[ \t]*(?:[=;,]|$)", re.ASCII | re.IGNORECASE)
 """The preference of that name, whatever its value and parameters (RFC 7240)."""
+
+
+class Flow(Protocol):
+    """What is needed of flow control; `epp.admission.control.FlowControl` is one."""
+
+    def routed(self, request: LLMRequest, exchange: Exchange | None) -> None: ...
 
 
 class Director:
@@ -88,6 +96,10 @@ class Director:
         """Called when a model nobody serves was asked for."""
         self.stages: Sequence[Stage] = ()
         """What a request passes before its endpoint is chosen."""
+        self.flow: Flow | None = None
+        """The last of the stages, where there is flow control."""
+        self.sheds = True
+        """Sheddable requests are refused while the pool is full; with flow control configured they queue like others."""
         self.use(scheduler, routes)
 
     def use(self, scheduler: Scheduler, routes: Routes) -> None:
@@ -115,7 +127,13 @@ class Director:
             raise
         if waits:
             return arrival
-        return self._routed(arrival.request, arrival.body, arrival.subset, arrival.started_s, arrival.understood)
+        exchange: Exchange | None = None
+        try:
+            exchange = self._routed(arrival.request, arrival.body, arrival.subset, arrival.started_s, arrival.understood)
+        finally:
+            if self.flow is not None:
+                self.flow.routed(arrival.request, exchange)
+        return exchange
 
     def route(self, request: LLMRequest, body: bytes | None, subset: Sequence[str] | None, started_s: float) -> Exchange:
         """Decide where `request` goes and charge that endpoint. Raises EppError.
@@ -251,7 +269,7 @@ class Director:
         scheduler = self._scheduler
         if self._test_headers and TEST_SELECTION in request.headers:
             subset = tuple(request.headers[TEST_SELECTION].replace(" ", "").split(","))
-        detector = scheduler.detector if request.priority < 0 else None
+        detector = scheduler.detector if request.priority < 0 and self.sheds else None
         try:
             candidates = self.candidates.of(subset, request.pool, request.target_model)
         except NoEndpointsError:

@@ -19,6 +19,8 @@ class EppError(Exception):
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
     dropped_reason: ClassVar[str] = ""
+    retry_after_s: int = 0
+    """What the header retry-after says; 0: nothing of its own."""
 
     @property
     def message(self) -> str:

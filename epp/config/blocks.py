@@ -29,7 +29,16 @@ _FLOW_CONTROL = (
     "saturationDetector",
     "enableEviction",
 )
-_BAND = ("priority", "maxBytes", "maxRequests", "fairnessPolicyRef", "orderingPolicyRef")
+_BAND = (
+    "priority",
+    "maxBytes",
+    "maxRequests",
+    "maxBytesPerFlow",
+    "maxRequestsPerFlow",
+    "requestTTL",
+    "fairnessPolicyRef",
+    "orderingPolicyRef",
+)
 
 
 def data_layer(walk: Walk, value: Any, refs: References) -> DataLayer:
@@ -132,6 +141,9 @@ def _band(walk: Walk, value: Any, path: str, refs: References, report: Callable[
         priority=walk.integer(fields.get("priority"), f"{path}.priority", default.priority),
         bytes_max=walk.quantity(fields.get("maxBytes"), f"{path}.maxBytes", default.bytes_max) or default.bytes_max,
         requests_max=walk.quantity(fields.get("maxRequests"), f"{path}.maxRequests", default.requests_max) or default.requests_max,
+        flow_bytes_max=walk.quantity(fields.get("maxBytesPerFlow"), f"{path}.maxBytesPerFlow", 0),
+        flow_requests_max=walk.quantity(fields.get("maxRequestsPerFlow"), f"{path}.maxRequestsPerFlow", 0),
+        ttl_s=walk.duration_s(fields["requestTTL"], f"{path}.requestTTL", 0.0) if "requestTTL" in fields else None,
         fairness_policy=fairness,
         ordering_policy=ordering,
     )

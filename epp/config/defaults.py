@@ -14,8 +14,9 @@ from epp.config.references import DEFAULT_EXTRACTOR, DEFAULT_HANDLER, DEFAULT_PI
 from epp.config.schema import DataLayer, DataLayerSource, EndpointPickerConfig, FlowControl, PluginSpec, ProfilePlugin, SchedulingProfile
 
 FLOW_CONTROL_GATE = "flowControl"
-FEATURE_GATES = {FLOW_CONTROL_GATE: False, "haPopulateNonLeaderDatastore": True}
-"""Known gates and their defaults."""
+FEATURE_GATES = {"haPopulateNonLeaderDatastore": True}
+"""Gates and their defaults."""
+KNOWN_GATES = (FLOW_CONTROL_GATE, *FEATURE_GATES)
 DEFAULT_PROFILE = "default"
 COST_AWARE, LLM_D = "cost-aware", "llm-d"
 NAMED_PROFILES = {

@@ -102,13 +102,18 @@ def _flow_control(flow_control: FlowControl) -> dict[str, Any]:
 
 
 def _band(band: PriorityBand) -> dict[str, Any]:
-    return {
-        "priority": band.priority,
-        "maxBytes": _bytes(band.bytes_max),
-        "maxRequests": band.requests_max,
-        "fairnessPolicyRef": band.fairness_policy,
-        "orderingPolicyRef": band.ordering_policy,
-    }
+    return (
+        {
+            "priority": band.priority,
+            "maxBytes": _bytes(band.bytes_max),
+            "maxRequests": band.requests_max,
+            "fairnessPolicyRef": band.fairness_policy,
+            "orderingPolicyRef": band.ordering_policy,
+        }
+        | ({"maxBytesPerFlow": _bytes(band.flow_bytes_max)} if band.flow_bytes_max else {})
+        | ({"maxRequestsPerFlow": band.flow_requests_max} if band.flow_requests_max else {})
+        | ({"requestTTL": quantities.duration_text(band.ttl_s)} if band.ttl_s is not None else {})
+    )
 
 
 def _bytes(count: int) -> int | str:

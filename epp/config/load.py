@@ -11,7 +11,16 @@ from typing import Any
 
 from epp.config import blocks
 from epp.config.catalogue import Catalogue
-from epp.config.defaults import FEATURE_GATES, FLOW_CONTROL_GATE, LLM_D, NAMED_PROFILES, default_config, resolve_defaults, with_profile
+from epp.config.defaults import (
+    FEATURE_GATES,
+    FLOW_CONTROL_GATE,
+    KNOWN_GATES,
+    LLM_D,
+    NAMED_PROFILES,
+    default_config,
+    resolve_defaults,
+    with_profile,
+)
 from epp.config.document import parse
 from epp.config.references import DEFAULT_HANDLER, DEFAULT_ROLES, References
 from epp.config.schema import (
@@ -86,7 +95,7 @@ def _config(walk: Walk, document: Any, catalogue: Catalogue, allow_experimental:
         data_layer=blocks.data_layer(walk, fields.get("dataLayer"), refs),
         request_handler=blocks.request_handler(walk, fields.get("requestHandler"), fields.get("parser"), refs),
         flow_control=blocks.flow_control(
-            walk, fields.get("flowControl"), fields.get("saturationDetector"), refs, on=gates[FLOW_CONTROL_GATE]
+            walk, fields.get("flowControl"), fields.get("saturationDetector"), refs, on=gates.get(FLOW_CONTROL_GATE, False)
         ),
         warnings=tuple(walk.warnings),
     )
@@ -132,17 +141,15 @@ def _feature_gates(walk: Walk, value: Any) -> dict[str, bool]:
         if not name:
             if text:
                 walk.fault(path, "names no gate")
-        elif name not in gates and name not in OLD_GATES:
-            walk.fault(path, f"unknown feature gate {name!r}{suggestion(name, FEATURE_GATES)}")
+        elif name not in KNOWN_GATES and name not in OLD_GATES:
+            walk.fault(path, f"unknown feature gate {name!r}{suggestion(name, KNOWN_GATES)}")
         elif equals and setting not in _BOOLEANS:
             walk.fault(path, f"{name} must be true or false, not {setting!r}")
         elif name in OLD_GATES:
             walk.warn(path, f"{name} is deprecated and has no effect: {OLD_GATES[name]}; remove it")
         else:
             gates[name] = _BOOLEANS[setting] if equals else True
-    if gates[FLOW_CONTROL_GATE]:
-        walk.warn("featureGates", "flow control is accepted but not run by this version")
-    return gates
+    return {name: gates[name] for name in KNOWN_GATES if name in gates}
 
 
 def _plugins(walk: Walk, value: Any, catalogue: Catalogue, allow_experimental: bool) -> tuple[PluginSpec, ...]:

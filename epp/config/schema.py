@@ -5,7 +5,7 @@ Durations are seconds, sizes bytes; a reference to a plugin is its instance name
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -67,6 +67,11 @@ class PriorityBand(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     bytes_max: int = 1_000_000_000
     requests_max: int = 5_000
+    flow_bytes_max: int = 0
+    """Queued of one fairness id; 0: no limit."""
+    flow_requests_max: int = 0
+    ttl_s: float | None = None
+    """Longest wait while there are endpoints; None: the common one; 0: no limit."""
     fairness_policy: str = DEFAULT_FAIRNESS_POLICY
     ordering_policy: str = DEFAULT_ORDERING_POLICY
 
@@ -102,7 +107,7 @@ class EndpointPickerConfig(msgspec.Struct, frozen=True, kw_only=True, rename="ca
     api_version: str = API_VERSION
     kind: str = KIND
     feature_gates: dict[str, bool] = {}
-    """Every known gate, with its value."""
+    """Every known gate with its value; `flowControl` only where it is written."""
     plugins: tuple[PluginSpec, ...] = ()
     scheduling_profiles: tuple[SchedulingProfile, ...] = ()
     data_layer: DataLayer = DataLayer()
@@ -110,6 +115,12 @@ class EndpointPickerConfig(msgspec.Struct, frozen=True, kw_only=True, rename="ca
     request_handler: RequestHandler = RequestHandler()
     warnings: tuple[str, ...] = ()
     """What is accepted but should be written otherwise, or has no effect; each with its path. Said once, by whoever loads."""
+
+    @property
+    def flow_control_mode(self) -> Literal["safe", "on", "off"]:
+        """By the gate. Where it is not written: on, by our own count alone, whatever `flow_control` says."""
+        on = self.feature_gates.get("flowControl")
+        return "safe" if on is None else "on" if on else "off"
 
     def plugin(self, name: str) -> PluginSpec | None:
         return next((plugin for plugin in self.plugins if plugin.name == name), None)

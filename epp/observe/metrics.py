@@ -126,6 +126,8 @@ class Metrics:
         """(plugin name, plugin type) -> (model, which stages ran) -> decisions."""
         self.config_reloads: defaultdict[str, int] = defaultdict(int)
         """Outcome (`applied`, `rejected`) -> times the configuration file changed."""
+        self.parts: list[Callable[[], Iterator[families.Family]]] = []
+        """Families of parts that are not always there."""
         self.outliers: OutlierView | None = None
         self.scraper: ScraperView | None = None
         self.cluster: ClusterView | None = None
@@ -220,6 +222,8 @@ class Metrics:
             yield from families.scraper_families(
                 self.scraper.polls_total, self.scraper.restarts_total, self.scraper.without_metrics, self.scraper.interval_s
             )
+        for part in self.parts:
+            yield from part()
         if self.cluster is not None:
             yield from cluster_families(self.cluster, self._clock.now_s())
         if self.leading is not None:

@@ -99,6 +99,7 @@ BUILT_IN: Mapping[str, str] = {
     # detectors
     "utilization-detector": "epp.plugins.detectors.utilization:UtilizationDetector",
     "concurrency-detector": "epp.plugins.detectors.concurrency:ConcurrencyDetector",
+    "predicted-wait-detector": "epp.plugins.detectors.predicted_wait:PredictedWaitDetector",
     # flow control
     "global-strict-fairness-policy": "epp.plugins.flow_control.policies:GlobalStrictFairnessPolicy",
     "round-robin-fairness-policy": "epp.plugins.flow_control.policies:RoundRobinFairnessPolicy",

@@ -219,7 +219,7 @@ GUIDES = {
     "wide-ep-lws-experimental-dp-aware": Guide(
         PREFIX | {"max-score-picker": "max-score-picker"}, lambda name: stages(name, short_ones=False), warned_of=["plugins[1].type"]
     ),
-    "flow-control": Guide(PREFIX | {"static-usage-limit-policy": "static-usage-limit-policy"}, idlest, warned_of=["featureGates"]),
+    "flow-control": Guide(PREFIX | {"static-usage-limit-policy": "static-usage-limit-policy"}, idlest),
     "predicted-latency-slo": Guide(PREFIX | {"inflight-load-producer": "inflight-load-producer"}, predicted),
     "payload-agnostic": Guide({"inflight-load-producer": "inflight-load-producer"}, sessions),
     "e2e-simple": Guide({}, decoders_alone),

@@ -26,7 +26,6 @@ DEFAULT_YAML = """\
 apiVersion: llm-d.ai/v1alpha1
 kind: EndpointPickerConfig
 featureGates:
-- flowControl=false
 - haPopulateNonLeaderDatastore=true
 plugins:
 - type: cost-aware-scorer
@@ -90,7 +89,7 @@ flowControl:
     )
     document = effective(config, Shelf())
     assert document["apiVersion"] == API_VERSION
-    assert document["featureGates"] == ["flowControl=false", "haPopulateNonLeaderDatastore=true"]
+    assert document["featureGates"] == ["haPopulateNonLeaderDatastore=true"]
     assert document["plugins"][:2] == [
         {"name": "q", "type": "queue-scorer", "parameters": {"size": 3}},
         {"name": "files", "type": "file-discovery"},

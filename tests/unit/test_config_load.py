@@ -235,11 +235,20 @@ def test_gates_of_earlier_versions_are_warnings() -> None:
     ]
 
 
-def test_flow_control_is_said_not_to_run() -> None:
-    config = loaded(HEAD + "featureGates: [flowControl]")
-    assert config.feature_gates["flowControl"] is True
-    assert config.warnings == ("featureGates: flow control is accepted but not run by this version",)
-    assert loaded(HEAD + "featureGates: [flowControl, flowControl=false]").warnings == ()
+@pytest.mark.parametrize(
+    ("gates", "mode"),
+    [
+        ("[flowControl]", "on"),
+        ("[flowControl=true]", "on"),
+        ("[flowControl=false]", "off"),
+        ("[flowControl, flowControl=false]", "off"),
+        ("[]", "safe"),
+    ],
+)
+def test_flow_control_has_a_mode_by_its_gate(gates: str, mode: str) -> None:
+    config = loaded(HEAD + f"featureGates: {gates}")
+    assert config.flow_control_mode == mode
+    assert config.warnings == ()
 
 
 def test_the_name_of_a_default_is_not_for_another_kind_of_plugin() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import msgspec
 import pytest
 
 from epp.plugins.base import Plugin
 from epp.plugins.flow_control import policies
+from epp.types import LLMRequest
 
 FAIRNESS, ORDERING, LIMIT = ("fairness-policy",), ("ordering-policy",), ("usage-limit-policy",)
 EVICTED, EVICTION_ORDER = ("eviction-filter",), ("eviction-order-policy",)
@@ -76,3 +79,74 @@ def test_ceilings() -> None:
     assert (made.min_ceiling, made.max_ceiling, made.domain, made.shape) == (0.0, 1.0, "value", "linear")
     assert msgspec.convert({}, policies.StaticUsageLimitPolicy).threshold == 1.0
     assert msgspec.convert({"threshold": 0.8}, policies.StaticUsageLimitPolicy).threshold == 0.8
+
+
+def asked(**headers: str) -> LLMRequest:
+    return LLMRequest(id="r", path="/", headers={name.replace("_", "-"): value for name, value in headers.items()})
+
+
+def test_orders_by_the_rule() -> None:
+    request = asked()
+    assert policies.FcfsOrderingPolicy().order(request, 1.0, 2.0, 3.0) == 2.0
+    assert policies.EdfOrderingPolicy().order(request, 1.0, 2.0, 3.0) == 5.0
+    assert policies.EdfOrderingPolicy().order(request, 1.0, 2.0, 0.0) == inf
+    assert policies.EdfOrderingPolicy().order(request, 1.0, 2.0, -1.0) == inf
+
+
+@pytest.mark.parametrize(
+    ("headers", "due_s"),
+    [
+        ({"x_llm_d_slo_ttft_ms": "500"}, 10.5),
+        ({"x_slo_ttft_ms": "250"}, 10.25),
+        ({"x_llm_d_slo_ttft_ms": "500", "x_slo_ttft_ms": "1"}, 10.5),
+        ({"x_llm_d_slo_ttft_ms": "0"}, 10.0),
+        ({}, inf),
+        ({"x_llm_d_slo_ttft_ms": "soon"}, inf),
+        ({"x_llm_d_slo_ttft_ms": "-1"}, inf),
+        ({"x_llm_d_slo_ttft_ms": "1e400"}, inf),
+        ({"x_llm_d_slo_ttft_ms": "nan"}, inf),
+    ],
+)
+def test_a_service_objective_is_a_deadline(headers: dict[str, str], due_s: float) -> None:
+    assert policies.SloDeadlineOrderingPolicy().order(asked(**headers), 10.0, 12.0, 60.0) == due_s
+
+
+def test_a_static_ceiling_is_everyone_s() -> None:
+    made = policies.StaticUsageLimitPolicy(threshold=0.9)
+    assert [made.ceiling(position, (5, 0, -5), 0.5, 0.0) for position in range(3)] == [0.9, 0.9, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("domain", "priorities", "ceilings"),
+    [
+        ("rank", (10, 0, -1), [0.9, 0.7, 0.5]),
+        ("value", (10, 0, -10), [0.9, 0.7, 0.5]),
+        ("value", (10, 9, 0), [0.9, 0.86, 0.5]),
+        ("rank", (7,), [0.9]),
+        ("value", (7,), [0.9]),
+    ],
+)
+def test_held_back_by_rank_or_by_value(domain: str, priorities: tuple[int, ...], ceilings: list[float]) -> None:
+    made = msgspec.convert({"minCeiling": 0.5, "maxCeiling": 0.9, "domain": domain}, policies.PriorityHoldbackPolicy)
+    found = [made.ceiling(position, priorities, 0.5, 0.0) for position in range(len(priorities))]
+    assert found == pytest.approx(ceilings)
+
+
+def test_soft_reflective_ceilings() -> None:
+    made = policies.SoftReflectiveCeilingPolicy()
+    priorities = (2, 1, 0)
+    assert [made.ceiling(position, priorities, 0.4, 0.0) for position in range(3)] == [1.0, 1.0, 1.0], "0.4 < 1 - 2 x 0.4 / 2"
+    assert made.ceiling(0, priorities, 5.0, 0.0) == 1.0, "the highest band always"
+    assert made.ceiling(1, priorities, 1.0, 0.0) == 0.0
+    opened = [tick for tick in range(20) if made.ceiling(1, priorities, 0.8, tick * 1e-3 + 5e-4)]
+    assert opened == [0, 4, 8, 12, 16]
+    assert made.ceiling(2, priorities, 0.8, 0.0165) == 1.0, "every gated band in the same tick"
+    assert 0.020 <= made.opens_s(0.0181) < 0.021
+
+
+def test_who_gives_way() -> None:
+    low, lower, normal = asked(), asked(), asked()
+    low.priority, lower.priority = -1, -2
+    assert [policies.SheddableEvictionFilter().evictable(each) for each in (low, lower, normal)] == [True, True, False]
+    order = policies.PriorityThenTimeEvictionOrderPolicy().eviction_order
+    assert order(lower, 1.0) < order(low, 9.0) < order(low, 1.0), "lowest priority, then newest"

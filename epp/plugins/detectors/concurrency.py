@@ -24,6 +24,8 @@ class ConcurrencyDetector(Plugin):
 
     type: ClassVar[str] = "concurrency-detector"
     uses: ClassVar[tuple[str, ...]] = ("inflight-load",)
+    leads: ClassVar[bool] = True
+    """It sees a request end at once, before the engine's metrics do."""
 
     max_concurrency: Annotated[int, msgspec.Meta(gt=0)] = 100
     max_token_concurrency: Annotated[int, msgspec.Meta(gt=0)] = 1_000_000
@@ -44,6 +46,13 @@ class ConcurrencyDetector(Plugin):
         if self.concurrency_mode == "tokens":
             return sum(e.inflight_tokens for e in endpoints) / (tokens * len(endpoints))
         return sum(max(e.inflight_requests / requests, e.inflight_tokens / tokens) for e in endpoints) / len(endpoints)
+
+    def level(self, endpoints: Sequence[Endpoint]) -> tuple[float, float, float]:
+        """Saturation, and what one more request, and one more prompt token, adds to it; hybrid: at most."""
+        count = max(1, len(endpoints))
+        by_request = 1.0 / (self.max_concurrency * count) if self.concurrency_mode != "tokens" else 0.0
+        by_token = 1.0 / (self.max_token_concurrency * count) if self.concurrency_mode != "requests" else 0.0
+        return self.saturation(endpoints), by_request, by_token
 
     def keep(self, _request: LLMRequest, endpoints: Sequence[Endpoint]) -> Sequence[Endpoint]:
         factor = 1.0 + self.headroom

@@ -56,6 +56,18 @@ class UtilizationDetector(Plugin):
             total += by_queue if by_queue > by_kv else by_kv  # noqa: FURB136 - `max` would cost as much as all the rest
         return total / len(endpoints)
 
+    def level(self, endpoints: Sequence[Endpoint]) -> tuple[float, float, float]:
+        """Saturation, and what one more request, and one more prompt token, adds to it at most: a request that finds no room waits."""
+        count = max(1, len(endpoints))
+        capacity_tokens = min((e.kv_capacity_tokens for e in endpoints if e.kv_capacity_tokens), default=0)
+        by_token = 1.0 / (self.kv_cache_util_threshold * capacity_tokens * count) if capacity_tokens else 0.0
+        return self.saturation(endpoints), 1.0 / (self.queue_depth_threshold * count), by_token
+
+    def stale(self, endpoints: Sequence[Endpoint]) -> int:
+        """How many of them count as full for want of a fresh reading."""
+        fresh_s = self._fresh_s()
+        return sum(e.scraped_at_s < fresh_s and not _without_metrics(e) for e in endpoints)
+
     def keep(self, _request: LLMRequest, endpoints: Sequence[Endpoint]) -> Sequence[Endpoint]:
         fresh_s, factor = self._fresh_s(), 1.0 + self.headroom
         queue, kv = self.queue_depth_threshold * factor, self.kv_cache_util_threshold * factor

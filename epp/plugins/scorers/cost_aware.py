@@ -62,6 +62,15 @@ class CostAwareScorer(Plugin):
     def bind(self, context: Context) -> None:
         self.__dict__["clock"] = context.clock
 
+    def wait_s(self, endpoint: Endpoint) -> float:
+        """Until the endpoint is through with the prompts it has."""
+        lanes: Lanes = self.__dict__["lanes"]
+        lane = lanes.by_slot.get(endpoint.slot)
+        if lane is None or not lane.queue:
+            return 0.0
+        now_s: float = self.__dict__["clock"].now_s()
+        return max(0.0, max(lane.last_s, lane.queue[0].sent_s) + lane.pending_s - now_s)
+
     def score(self, request: LLMRequest, endpoints: Sequence[Endpoint]) -> Sequence[float]:
         state = self.__dict__
         lanes: Lanes = state["lanes"]

@@ -1,0 +1,204 @@
+"""Priority bands: who belongs where, what each has queued, how fast it drains.
+
+There is always a band 0. A priority without a band gets one of its own, made of the template, up to `BANDS_MAX`; past that it joins the
+next lower band on its side of zero, else the next higher one there, so that what may be shed stays so (without any band below zero it joins
+the lowest). Bands made so go after `IDLE_MAX_S` without a request. Not here: who of a band is next (queues).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import ceil, exp
+
+from epp.admission.crowd import Crowds, Excess
+from epp.admission.ledger import Ledger
+from epp.admission.queues import Backlog, ByFlow, Flow, Waiting, fairness_of
+from epp.admission.refusals import RETRY_AFTER_MAX_S, RETRY_AFTER_MIN_S
+from epp.admission.saturation import Group
+from epp.admission.settings import BandSettings, Settings
+from epp.plugins.flow_control.policies import ProgramAwareFairness
+
+BANDS_MAX = 64
+IDLE_MAX_S = 600.0
+DRAIN_S = 10.0
+"""How far back a drain rate looks."""
+DRAIN_MIN_S = 0.1
+
+Ledgers = Callable[[ProgramAwareFairness], Ledger]
+
+
+class Drain:
+    """Events a second, the last ones counting most. Cost: 0.2 µs an event."""
+
+    __slots__ = ("_at_s", "_count", "_since_s")
+
+    def __init__(self) -> None:
+        self._count = 0.0
+        self._at_s = self._since_s = 0.0
+
+    def add(self, now_s: float) -> None:
+        if not self._count:
+            self._since_s = now_s
+        self._count = self._count * exp((self._at_s - now_s) / DRAIN_S) + 1.0
+        self._at_s = now_s
+
+    def per_s(self, now_s: float) -> float:
+        if not self._count:
+            return 0.0
+        seen = 1.0 - exp(-max(DRAIN_MIN_S, now_s - self._since_s) / DRAIN_S)
+        return self._count * exp((self._at_s - now_s) / DRAIN_S) / DRAIN_S / seen
+
+
+class Band:
+    """Requests of one priority."""
+
+    def __init__(self, settings: BandSettings, ledgers: Ledgers, *, made: bool) -> None:
+        self.settings = settings
+        self.priority = settings.priority
+        self.made = made
+        """For a priority that was not configured."""
+        self.fairness = fairness_of(settings.fairness, ledgers)
+        self.backlogs: dict[Group, Backlog] = {}
+        self.flows: dict[str, Flow] = {}
+        """Those with anything queued."""
+        self.crowds = Crowds(self.flows)
+        """Who has most of it."""
+        self.requests = 0
+        self.size_bytes = 0
+        self.drain = Drain()
+        self.used_s = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Band {self.priority} queued={self.requests}/{self.size_bytes}B flows={len(self.flows)}>"
+
+    def full(self, fairness_id: str, size_bytes: int) -> str:
+        """What a request of that size would exceed; empty: nothing."""
+        limits, flow = self.settings, self.flows.get(fairness_id)
+        if limits.requests_max and self.requests >= limits.requests_max:
+            return f"{limits.requests_max} requests of this priority wait"
+        if limits.size_bytes_max and self.size_bytes + size_bytes > limits.size_bytes_max:
+            return f"{limits.size_bytes_max} bytes of this priority wait"
+        queued = (flow.requests, flow.size_bytes) if flow is not None else (0, 0)
+        if limits.flow_requests_max and queued[0] >= limits.flow_requests_max:
+            return f"{limits.flow_requests_max} requests of this fairness id wait"
+        if limits.flow_size_bytes_max and queued[1] + size_bytes > limits.flow_size_bytes_max:
+            return f"{limits.flow_size_bytes_max} bytes of this fairness id wait"
+        return ""
+
+    def add(self, entry: Waiting, fairness_id: str, group: Group) -> None:
+        flow = self.flows.get(fairness_id)
+        if flow is None:
+            flow = self.flows[fairness_id] = Flow(fairness_id)
+            self.fairness.joined(flow)
+        backlog = self.backlogs.get(group)
+        if backlog is None:
+            backlog = self.backlogs[group] = self.fairness.backlog()
+        entry.band, entry.flow, entry.group, entry.backlog = self, flow, group, backlog
+        backlog.add(entry)
+        flow.add(entry)
+        self.crowds.grew(flow)
+        self.requests += 1
+        self.size_bytes += entry.size_bytes
+        group.queued += 1
+
+    def gone(self, entry: Waiting) -> None:
+        """It was taken out of its backlog."""
+        flow, group = entry.flow, entry.group
+        flow.gone(entry)
+        if not flow.requests:
+            del self.flows[flow.id]
+            if not self.flows:
+                self.crowds.empty()
+        if not entry.backlog.alive:
+            del self.backlogs[group]
+        self.requests -= 1
+        self.size_bytes -= entry.size_bytes
+        group.queued -= 1
+
+    def retry_after_s(self, now_s: float) -> int:
+        """When what is queued now should be gone; the most there is to say while nothing leaves."""
+        rate = self.drain.per_s(now_s)
+        if rate * RETRY_AFTER_MAX_S <= self.requests + 1:
+            return RETRY_AFTER_MAX_S
+        return max(RETRY_AFTER_MIN_S, ceil((self.requests + 1) / rate))
+
+
+class Bands:
+    """See the module."""
+
+    def __init__(self, settings: Settings, ledgers: Ledgers) -> None:
+        self._settings = settings
+        self._ledgers = ledgers
+        self._by_priority: dict[int, Band] = {}
+        self.all: tuple[Band, ...] = ()
+        """The highest priority first."""
+        self.priorities: tuple[int, ...] = ()
+        self.positions: dict[Band, int] = {}
+        for band in settings.bands:
+            self._by_priority[band.priority] = Band(band, ledgers, made=False)
+        self._by_priority.setdefault(0, Band(settings.band(0), ledgers, made=False))
+        self._sort()
+
+    def give_way(self, band: Band, fairness_id: str, size_bytes: int, *, requests: int, excess_bytes: int) -> list[Waiting]:
+        """Who goes so that a request of that size can wait in this band: `requests` and `excess_bytes` are more than all bands may have.
+
+        Nobody where it exceeds what its flow may have, or what it would take is more than its due.
+        """
+        limits, flow = band.settings, band.flows.get(fairness_id)
+        own_requests, own_bytes = (flow.requests + 1, flow.size_bytes + size_bytes) if flow is not None else (1, size_bytes)
+        if (limits.flow_requests_max and own_requests > limits.flow_requests_max) or (
+            limits.flow_size_bytes_max and own_bytes > limits.flow_size_bytes_max
+        ):
+            return []
+        of_band = Excess(
+            band.requests + 1 - limits.requests_max if limits.requests_max else 0,
+            band.size_bytes + size_bytes - limits.size_bytes_max if limits.size_bytes_max else 0,
+            own_requests,
+            own_bytes,
+        )
+        if of_band.requests <= 0 and of_band.size_bytes <= 0:
+            lower = next((each for each in reversed(self.all) if each.requests), band)
+            if lower.priority < band.priority:
+                return lower.crowds.give_way(Excess(requests, excess_bytes, 0, 0), among_equals=False)
+        if not isinstance(band.fairness, ByFlow):
+            return []
+        excess = of_band._replace(requests=max(requests, of_band.requests), size_bytes=max(excess_bytes, of_band.size_bytes))
+        return band.crowds.give_way(excess, among_equals=True)
+
+    def provision(self, priorities: Iterable[int], now_s: float) -> None:
+        """There are objectives of these priorities: their bands are there before their requests, as usage limits go by all bands."""
+        for priority in sorted(set(priorities), reverse=True):
+            self.of(priority, now_s)
+
+    def of(self, priority: int, now_s: float) -> Band:
+        """Where a request of this priority waits."""
+        band = self._by_priority.get(priority)
+        if band is None:
+            band = self._make(priority, now_s)
+        band.used_s = now_s
+        return band
+
+    def _make(self, priority: int, now_s: float) -> Band:
+        self._forget(now_s)
+        if len(self._by_priority) >= BANDS_MAX:
+            return self._nearest(priority)
+        band = self._by_priority[priority] = Band(self._settings.band(priority), self._ledgers, made=True)
+        self._sort()
+        return band
+
+    def _nearest(self, priority: int) -> Band:
+        side = [each for each in self.priorities if (each < 0) == (priority < 0)] or list(self.priorities)
+        lower = next((each for each in side if each < priority), None)
+        return self._by_priority[lower if lower is not None else side[-1]]
+
+    def _forget(self, now_s: float) -> None:
+        idle = [p for p, band in self._by_priority.items() if band.made and not band.requests and now_s - band.used_s > IDLE_MAX_S]
+        for priority in idle:
+            del self._by_priority[priority]
+        if idle:
+            self._sort()
+
+    def _sort(self) -> None:
+        self.priorities = tuple(sorted(self._by_priority, reverse=True))
+        self.all = tuple(self._by_priority[priority] for priority in self.priorities)
+        self.positions = {band: position for position, band in enumerate(self.all)}

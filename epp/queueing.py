@@ -1,0 +1,126 @@
+"""Flow control put to work: made of a configuration, told of what it can't see, in the director's way.
+
+Three modes (`featureGates`): `flowControl=true`, as the `flowControl` block says; `flowControl=false`, none; not written, the safe form:
+queues of the default limits, and a pool counts as full only by what we ourselves sent and how fast it turned out to be
+(`predicted-wait-detector`), so that no engine whose metrics are late, odd or missing holds anybody up.
+
+Not here: the rules (admission). What mode it is changes with a restart, everything else with the configuration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from epp.admission.control import FlowControl
+from epp.admission.families import flow_families
+from epp.admission.settings import Settings, settings_of
+from epp.arrival import Arrival, Stage, Wait
+from epp.candidates import Candidates
+from epp.clock import Clock
+from epp.datastore import Datastore
+from epp.director import Director
+from epp.errors import EppError
+from epp.observe.families import Family
+from epp.plugins.base import Context, Detector
+from epp.plugins.detectors.predicted_wait import PredictedWaitDetector
+from epp.policy import Policy
+from epp.scheduling.build import Built
+
+SAFE_TTL_S = 120.0
+"""Longest wait in the safe form."""
+SAFE_REQUESTS_MAX = 20_000
+"""Queued at once in the safe form; their bodies count in --max-buffered-bytes too."""
+SAFE_WAIT = "2s"
+"""A pool whose best endpoint will take so long to begin with a prompt is full, in the safe form."""
+
+_log = logging.getLogger("epp.flow_control")
+
+
+class _Somewhere:
+    """Flow control for requests that there is somebody for: in the safe form nobody waits for endpoints to come."""
+
+    def __init__(self, flow: FlowControl, candidates: Candidates) -> None:
+        self._flow = flow
+        self._candidates = candidates
+
+    def begin(self, arrival: Arrival) -> Wait | None:
+        request = arrival.request
+        try:
+            self._candidates.of(arrival.subset, request.pool, request.target_model)
+        except EppError:
+            return None  # the director says so in its own words
+        return self._flow.begin(arrival)
+
+
+class Queueing:
+    """See the module."""
+
+    def __init__(self, policy: Policy, datastore: Datastore, candidates: Candidates, clock: Clock, rng: random.Random) -> None:
+        self._policy = policy
+        self._datastore = datastore
+        self._clock = clock
+        self._rng = rng
+        self._mode = policy.built.config.flow_control_mode
+        self._told = False
+        self._candidates = candidates
+        self._safe: PredictedWaitDetector | None = None
+        self.flow: FlowControl | None = None
+        if self._mode == "off":
+            return
+        if self._mode == "safe":
+            self._safe = PredictedWaitDetector(max_wait=SAFE_WAIT)
+            datastore.subscribe(removed=self._safe.removed)
+        settings, detector = self._of(policy.built)
+        self.flow = FlowControl(settings, candidates, clock, self._call_at, detector=detector, pool_name=datastore.name)
+        datastore.noticed = self.flow.changed
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """What a request passes; the last there is."""
+        if self.flow is None:
+            return ()
+        return (_Somewhere(self.flow, self._candidates) if self._safe is not None else self.flow,)
+
+    @property
+    def sheds(self) -> bool:
+        """Whether sheddable requests are refused at once, and not queued."""
+        return self._mode != "on"
+
+    def follow(self, director: Director, priorities: Iterable[int]) -> None:
+        """By the configuration that is in service now."""
+        built = self._policy.built
+        if built.config.flow_control_mode != self._mode and not self._told:
+            self._told = True
+            _log.warning("the gate flowControl changes with the next start only")
+        flow = self.flow
+        director.flow, director.sheds = flow, self.sheds
+        if flow is None:
+            return
+        flow.use(*self._of(built))
+        flow.provision(priorities)
+        scheduler = built.scheduler
+        if flow.finished not in scheduler.finished:
+            scheduler.first_token = (*scheduler.first_token, flow.first_token)
+            scheduler.finished = (*scheduler.finished, *((self._safe.finished,) if self._safe is not None else ()), flow.finished)
+
+    def close(self) -> None:
+        """Who waits goes on waiting, nobody begins to."""
+        if self.flow is not None:
+            self.flow.close("drain")
+
+    def families(self) -> Iterator[Family]:
+        if self.flow is not None:
+            yield from flow_families(self.flow, self._clock.now_s())
+
+    def _of(self, built: Built) -> tuple[Settings, Detector]:
+        if self._safe is not None:
+            self._safe.bind(Context(self._clock, self._rng, built.plugins))
+            return Settings(requests_max=SAFE_REQUESTS_MAX, ttl_s=SAFE_TTL_S), self._safe
+        assert built.scheduler.detector is not None
+        return settings_of(built.config.flow_control, built.plugins), built.scheduler.detector
+
+    def _call_at(self, when_s: float, call: Callable[[], None]) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(max(0.0, when_s - self._clock.now_s()), call)
