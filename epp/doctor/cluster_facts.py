@@ -21,7 +21,7 @@ from epp.doctor.engine_facts import EndpointFacts, EngineFacts, ask_engines
 from epp.doctor.grpc_client import HostPort
 from epp.doctor.http_fetch import Http
 from epp.doctor.probing import Missing, Probe, ProbeError
-from epp.sources.kubernetes.api import Api, ApiError, ApiUnreachableError
+from epp.sources.kubernetes.api import UNREADABLE, Api, ApiError, ApiUnreachableError
 
 PAGE = 500
 OBJECTS_MAX = 20_000
@@ -147,9 +147,10 @@ class ClusterProbes:
                 if group.get("name") not in GROUPS:
                     continue
                 for version in items(group, "versions"):
-                    listed = await self._json(f"/apis/{version['groupVersion']}")
+                    group_version = str(version.get("groupVersion", ""))
+                    listed = await self._json(f"/apis/{group_version}")
                     names = frozenset(str(each.get("name", "")) for each in items(listed, "resources"))
-                    found[str(version["groupVersion"])] = names
+                    found[group_version] = names
                     found[str(group["name"])] = found.get(str(group["name"]), frozenset()) | names
         except (ApiError, ApiUnreachableError) as error:
             raise ProbeError(f"the API server's kinds can't be read: {error}") from None
@@ -268,7 +269,7 @@ class ClusterProbes:
 def _decoded(body: bytes) -> dict[str, Any]:
     try:
         found = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         found = None
     if not isinstance(found, dict):
         raise ApiError(200, "NotJSON", "the answer is no JSON object: is this an API server?")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from epp.config.schema import EndpointPickerConfig
 from epp.doctor.engine_facts import EngineFacts
@@ -13,7 +12,6 @@ from epp.prefix.hashing import BLOCK_TOKENS_MIN
 
 NAMES_SHOWN = 5
 APPROXIMATE = "approx-prefix-cache-producer"
-PRECISE = frozenset({"precise-prefix-cache-producer", "precise-prefix-cache-scorer"})
 DEFAULT_BLOCK_TOKENS = 16
 
 
@@ -51,8 +49,6 @@ def block_size(engines: Sequence[EngineFacts], config: EndpointPickerConfig) -> 
     for plugin in config.plugins:
         if plugin.type == APPROXIMATE:
             yield from _approximate(plugin.name, int(plugin.parameters.get("blockSizeTokens", DEFAULT_BLOCK_TOKENS)), engine_tokens)
-        elif plugin.type in PRECISE:
-            yield from _precise(plugin.name, plugin.parameters, engine_tokens)
 
 
 def _approximate(name: str, configured_tokens: int, engine_tokens: int) -> Iterator[Finding]:
@@ -62,17 +58,6 @@ def _approximate(name: str, configured_tokens: int, engine_tokens: int) -> Itera
             f"{name} cuts prompts in blocks of {block_tokens} tokens, the engines in blocks of {engine_tokens}",
             "the index takes for cached what ends inside an engine's block, and is not: predicted cache hits are too high",
             f"set blockSizeTokens of {name} to a multiple of {engine_tokens} (at least {BLOCK_TOKENS_MIN})",
-        )
-
-
-def _precise(name: str, parameters: dict[str, Any], engine_tokens: int) -> Iterator[Finding]:
-    processor = parameters.get("tokenProcessorConfig") or (parameters.get("indexerConfig") or {}).get("tokenProcessorConfig") or {}
-    block_tokens = int(processor.get("blockSizeTokens") or processor.get("blockSize") or DEFAULT_BLOCK_TOKENS)
-    if block_tokens != engine_tokens:
-        yield fail(
-            f"{name} hashes blocks of {block_tokens} tokens, the engines' events are about blocks of {engine_tokens}",
-            "hashes never meet: the prefix cache score is 0 for every endpoint",
-            f"set tokenProcessorConfig.blockSizeTokens of {name} to {engine_tokens}, or start the engines with --block-size {block_tokens}",
         )
 
 

@@ -73,8 +73,6 @@ async def ask(connection: Connection, mode: str, model: str, now_s: Callable[[],
         await _play(call, exchange, body, now_s)
     except GrpcError as error:
         exchange.error = str(error)
-    except OSError as error:
-        exchange.error = f"the connection was lost: {error.strerror or error}"
     except (DecodeError, ValueError) as error:
         exchange.error = f"no ext_proc answer: {error}"
     finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -88,7 +88,7 @@ async def look_at(address: HostPort, client_cert_path: str = "") -> PortFacts:
     """Tries TLS first, then plaintext: a port is one of both, or it is no HTTP/2 server."""
     try:
         reader, writer = await asyncio.open_connection(*address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter: a name that can't be one
         return PortFacts(address=address, error=_reason(error))
     await _close(writer)
     with contextlib.suppress(OSError, TimeoutError, EOFError):  # no TLS; what it is instead is asked next
@@ -129,6 +129,8 @@ async def _first_bytes(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
     """What comes back for a client's first bytes: the head of a frame; empty if the other side hangs up, None if it says nothing."""
     h2 = ngh2.Connection(ngh2.Role.CLIENT)
     h2.initiate_connection({ngh2.Setting.ENABLE_PUSH: 0})
+    if writer.is_closing():
+        return b""
     writer.write(h2.data_to_send())
     try:
         async with asyncio.timeout(HELLO_S):
@@ -156,7 +158,9 @@ class Call:
         self.reason = ""
 
     async def send(self, message: bytes, *, last: bool = False) -> None:
-        self._connection.h2.send_data(self._id, framed(message), end_stream=last)
+        """Raises GrpcError."""
+        with _loss():
+            self._connection.h2.send_data(self._id, framed(message), end_stream=last)
         await self._connection.flush()
 
     async def receive(self) -> bytes | None:
@@ -172,7 +176,7 @@ class Call:
     async def leave(self) -> None:
         """Give it up, as a gateway does when its client has gone."""
         if self.status is None:
-            with contextlib.suppress(OSError, ngh2.NGH2Error):
+            with contextlib.suppress(GrpcError, ngh2.NGH2Error):
                 self._connection.h2.reset_stream(self._id, CANCEL)
                 await self._connection.flush()
 
@@ -206,6 +210,7 @@ class Connection:
         self.h2.set_local_window_size(WINDOW_BYTES)
 
     async def call(self, path: str) -> Call:
+        """Raises GrpcError: what answered before may have been no HTTP/2."""
         headers = (
             (b":method", b"POST"),
             (b":scheme", self._scheme),
@@ -215,7 +220,8 @@ class Connection:
             (b"content-type", b"application/grpc"),
             (b"user-agent", b"epp-doctor"),
         )
-        return Call(self, self.h2.send_request(headers))
+        with _loss():
+            return Call(self, self.h2.send_request(headers))
 
     async def unary(self, path: str, message: bytes) -> bytes:
         """Raises GrpcError."""
@@ -227,22 +233,24 @@ class Connection:
         return answer
 
     async def flush(self) -> None:
-        data = self.h2.data_to_send()
-        if data:
-            self._writer.write(data)
-            await self._writer.drain()
+        """Raises GrpcError."""
+        with _loss():
+            data = self.h2.data_to_send()
+            if data:
+                if self._writer.is_closing():  # where uvloop's raises RuntimeError
+                    raise GrpcError("the connection was closed")
+                self._writer.write(data)
+                await self._writer.drain()
 
     async def pump(self, call: Call) -> None:
         """Read once and hand on what came. Raises GrpcError where the connection is over."""
-        try:
+        with _loss():
             data = await self._reader.read(READ_BYTES)
             if not data:
                 raise GrpcError("the connection was closed")
             self.h2.receive_data(data)
             events = self.h2.events()
             await self.flush()
-        except (OSError, ngh2.NGH2Error) as error:
-            raise GrpcError(f"the connection was lost: {_reason(error)}") from None
         for event in events:
             if isinstance(event, ngh2.GoAwayReceived) and event.error_code:
                 raise GrpcError(f"the server sent GOAWAY (HTTP/2 error {event.error_code})")
@@ -271,6 +279,15 @@ async def _close(writer: asyncio.StreamWriter) -> None:
             await writer.wait_closed()
     except (OSError, TimeoutError):
         writer.transport.abort()
+
+
+@contextlib.contextmanager
+def _loss() -> Iterator[None]:
+    """Whatever ends a connection is one error, wherever it shows."""
+    try:
+        yield
+    except (OSError, ngh2.NGH2Error) as error:
+        raise GrpcError(f"the connection was lost: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:

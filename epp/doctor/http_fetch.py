@@ -9,16 +9,20 @@ from __future__ import annotations
 import ssl
 from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 import msgspec
 
 from epp.doctor.probing import ProbeError
+from epp.sources.kubernetes.api import UNREADABLE
 
 BODY_BYTES_MAX = 64 << 20
 """Envoy's /config_dump of a large mesh is tens of megabytes."""
+
+
+T = TypeVar("T")
 
 
 class Answer(NamedTuple):
@@ -31,7 +35,10 @@ class Answer(NamedTuple):
 
 def shown(url: str) -> str:
     """The address as it may be printed: without user, password and query."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # `[::1` without its end
+        return "an address that is none"
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
@@ -78,17 +85,19 @@ class Http:
 
 def json_of(answer: Answer) -> dict[str, Any]:
     """Its JSON object. Raises ProbeError that says what to do."""
+    return read_json(answer, dict[str, Any])
+
+
+def read_json(answer: Answer, type_: type[T]) -> T:
+    """Its JSON, if it is of this type. Raises ProbeError as `json_of` does."""
     if answer.status in (401, 403):
         raise ProbeError(f"{answer.url} answers {answer.status}: give --metrics-token-file FILE")
     if answer.status != 200:
         raise ProbeError(f"{answer.url} answers {answer.status}" + (": its debug paths are off" if "/debug/" in answer.url else ""))
     try:
-        found = msgspec.json.decode(answer.body)
-    except msgspec.DecodeError:
-        found = None
-    if not isinstance(found, dict):
-        raise ProbeError(f"{answer.url} answers with something else than expected")
-    return found
+        return msgspec.json.decode(answer.body, type=type_)
+    except UNREADABLE:
+        raise ProbeError(f"{answer.url} answers with something else than expected: this is no picker's metrics port") from None
 
 
 def _reason(error: Exception) -> str:

@@ -9,13 +9,16 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+from google.protobuf.message import DecodeError
+
 from epp.config.load import load
 from epp.config.schema import EndpointPickerConfig
 from epp.doctor import exchange
 from epp.doctor.engine_facts import EndpointFacts, EngineFacts, ask_engines
 from epp.doctor.exchange import Exchange
 from epp.doctor.grpc_client import Connection, GrpcError, HostPort, PortFacts, connected, look_at
-from epp.doctor.http_fetch import Answer, Http, json_of
+from epp.doctor.http_fetch import Answer, Http, read_json
 from epp.doctor.probing import Missing, Probe, ProbeError
 from epp.errors import ConfigError
 from epp.extproc.health import SERVICES, check_request, is_serving
@@ -31,6 +34,30 @@ class Running:
     """The plugins a picker says it runs: name -> type."""
 
     plugins: Mapping[str, str] = field(default_factory=dict)
+
+
+class _Row(msgspec.Struct):
+    name: str
+    address: str
+    state: str
+    engine: str = ""
+    reading_age_s: float | None = None
+
+
+class _Rows(msgspec.Struct):
+    """What `/debug/endpoints` answers, as far as it matters here."""
+
+    endpoints: list[_Row]
+
+
+class _State(msgspec.Struct):
+    type: str = ""
+
+
+class _States(msgspec.Struct):
+    """What `/debug/plugins/state` answers."""
+
+    plugins: dict[str, _State]
 
 
 class PickerProbes:
@@ -98,6 +125,8 @@ class PickerProbes:
                     found[service] = "SERVING" if serving else "NOT_SERVING"
                 except GrpcError as error:
                     found[service] = str(error)
+                except DecodeError:
+                    found[service] = "something else than a health status"
         return found
 
     async def _metrics(self) -> Answer:
@@ -107,20 +136,17 @@ class PickerProbes:
         given = [EndpointFacts(name=name, address=str(address), known_to_picker=False) for name, address in self._endpoints]
         if not self._base and given:
             return given
-        listed = json_of(await self._http.get(f"{self._metrics_base()}/debug/endpoints", authorized=True))["endpoints"]
+        listed = read_json(await self._http.get(f"{self._metrics_base()}/debug/endpoints", authorized=True), _Rows).endpoints
         known = [
-            EndpointFacts(
-                name=str(row["name"]), address=str(row["address"]), state=str(row["state"]), engine=str(row.get("engine", "")),
-                reading_age_s=row.get("reading_age_s"),
-            )
+            EndpointFacts(name=row.name, address=row.address, state=row.state, engine=row.engine, reading_age_s=row.reading_age_s)
             for row in listed
-        ]  # fmt: skip
+        ]
         addresses = {endpoint.address for endpoint in known}
         return known + [endpoint for endpoint in given if endpoint.address not in addresses]
 
     async def _running(self) -> Running:
-        states = json_of(await self._http.get(f"{self._metrics_base()}/debug/plugins/state", authorized=True))["plugins"]
-        return Running(plugins={name: str(about.get("type", "")) for name, about in states.items()})
+        states = read_json(await self._http.get(f"{self._metrics_base()}/debug/plugins/state", authorized=True), _States).plugins
+        return Running(plugins={name: about.type for name, about in states.items()})
 
     async def _config(self) -> EndpointPickerConfig:
         if not self._config_file:

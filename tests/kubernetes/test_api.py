@@ -174,6 +174,14 @@ class TestRequests:
         assert error.message.startswith("a b x")
         assert error_of(799, b"").reason == "error"
 
+    @pytest.mark.parametrize("body", [b'{"message": "\xff"}', b'{"x": ' + b"[" * 30_000], ids=["byte", "deep"])
+    async def test_an_error_that_is_no_text_is_an_error_all_the_same(self, server: Server, api: Api, body: bytes) -> None:
+        server.handler = answers(404, body)
+        with pytest.raises(ApiError, match="404 NotFound: Not Found"):
+            await api.get(PODS)
+        with pytest.raises(ApiError, match="404 NotFound: Not Found"):
+            await lines_of(api)
+
     async def test_an_answer_has_a_limit(self, server: Server, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(api_module, "BODY_BYTES_MAX", 1000)
         server.handler = answers(200, b"x" * 1000)
@@ -366,7 +374,17 @@ class TestSigningIn:
         await api.close()
 
     @pytest.mark.parametrize(
-        "code", [f"import sys; print('{SECRET}', file=sys.stderr); sys.exit(1)", f"print('{SECRET}')", "print('{}')", "print('[]')"]
+        "code",
+        [
+            f"import sys; print('{SECRET}', file=sys.stderr); sys.exit(1)",
+            f"import sys; sys.stderr.buffer.write(b'{SECRET} identit\\xe9 inconnue'); sys.exit(1)",
+            f"import sys; sys.stdout.buffer.write(b'{SECRET} identit\\xe9')",
+            f"print('{SECRET}')",
+            "print('{}')",
+            "print('[]')",
+            "print('[' * 30_000)",
+            'print(\'{"status": {"token": "\\\\ud800"}}\')',
+        ],
     )
     async def test_a_credential_plugin_that_fails_tells_nothing(self, server: Server, tmp_path: Path, code: str) -> None:
         user = {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": sys.executable, "args": ["-c", code]}}
@@ -376,6 +394,22 @@ class TestSigningIn:
         assert SECRET not in str(raised.value)
         with pytest.raises(ApiUnreachableError, match="no credentials"):
             await lines_of(api)
+        await api.close()
+
+    @pytest.mark.parametrize("token", [f"{SECRET}\nmore", f"{SECRET}\0"])
+    async def test_a_token_that_can_not_be_sent_is_not_told(self, server: Server, tmp_path: Path, token: str) -> None:
+        (tmp_path / "token").write_text(token)
+        api = Api.connect(kubeconfig(tmp_path / "config", server.url, {"tokenFile": "token"}))
+        with pytest.raises(ApiUnreachableError, match="is the token a single line") as raised:
+            await api.get(PODS)
+        assert SECRET not in str(raised.value)
+        await api.close()
+
+    async def test_a_token_file_that_is_no_text(self, server: Server, tmp_path: Path) -> None:
+        (tmp_path / "token").write_bytes(b"\xff\xfe")
+        api = Api.connect(kubeconfig(tmp_path / "config", server.url, {"tokenFile": "token"}))
+        with pytest.raises(ApiUnreachableError, match="no credentials"):
+            await api.get(PODS)
         await api.close()
 
     async def test_a_credential_plugin_that_is_not_there(self, server: Server, tmp_path: Path) -> None:

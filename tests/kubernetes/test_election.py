@@ -426,12 +426,32 @@ async def test_a_server_that_asks_for_time_gets_it_within_reason(world: World) -
     a = world.replica("pod-a")
     await a.look()
     assert a.elector.pause_s() == RETRY_S
-    for asked_s, given_s in ((1, RETRY_S), (7, 7.0), (3_600, LEASE_S)):
+    for asked_s, given_s in ((1, RETRY_S), (4, 4.0), (3_600, RENEW_DEADLINE_S / 2)):
         world.server.fail(times=1, status=429, path=f"{LEASES}/{NAME}", retry_after_s=asked_s)
         await a.look()
         assert a.elector.pause_s() == given_s
     await a.look()
     assert a.elector.pause_s() == RETRY_S
+    b = world.replica("pod-b")
+    for asked_s, given_s in ((7, 7.0), (3_600, LEASE_S)):
+        world.server.fail(times=1, status=429, path=f"{LEASES}/{NAME}", retry_after_s=asked_s)
+        await b.look()
+        assert b.elector.pause_s() == given_s, "a follower has time"
+
+
+async def test_a_leader_that_was_asked_for_time_renews_before_its_lease_runs_out(world: World) -> None:
+    a, b = world.replica("pod-a"), world.replica("pod-b")
+    await world.run(30.0, a, b)
+    for _ in range(10):
+        assert await a.look()
+        assert not await b.look()
+        await world.run(RETRY_S, b)
+        a.line.fault = ApiError(429, "TooManyRequests", "", 3_600.0)
+        for _ in range(2):
+            assert await a.look()
+            assert await world.run(a.elector.pause_s(), b) == set()
+        a.line.fault = None
+    assert b.told == []
 
 
 @pytest.mark.parametrize("answer_s", [1.0, 4.0, 4.9])
@@ -554,6 +574,51 @@ async def test_a_namespace_that_is_not_there_and_a_lease_that_is_none(world: Wor
         assert not await a.look()
     (reason,) = warnings(caplog)
     assert "can't be read" in reason
+
+
+@pytest.mark.parametrize("answer", [b'{"spec": {"holderIdentity": "\xff"}}', b'{"spec": ' + b"[" * 30_000], ids=["byte", "deep"])
+async def test_a_lease_that_is_no_text_changes_nothing(world: World, answer: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    class Noise:
+        async def get(self, path: str, *, timeout_s: float) -> bytes:
+            return answer
+
+        async def put(self, path: str, body: bytes, *, timeout_s: float) -> bytes:
+            return answer
+
+    a, b = world.replica("pod-a"), world.replica("pod-b")
+    await a.look()
+    with caplog.at_level(logging.WARNING, LOGGER):
+        for each in (a, b):
+            each.elector._api = cast("Api", Noise())
+            await each.look()
+            world.clock.advance(LEASE_S)
+            await each.look()
+    assert (a.leading, b.leading) == (True, False)
+    assert all("can't be read" in reason for reason in warnings(caplog))
+    await a.elector.release()
+    assert a.told == [True, False]
+
+
+async def test_whatever_goes_wrong_the_loop_goes_on_and_who_leads_leads(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Also what nobody thought of."""
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        world.clock.advance(seconds)
+        if len(slept) == 3:
+            a.line.fault = None
+        if len(slept) == 5:
+            await a.elector.release()
+
+    a = world.replica("pod-a", sleep=sleep)
+    await a.look()
+    a.line.fault = cast("ApiError", ZeroDivisionError())
+    await a.elector.run()
+    assert slept == [RENEW_DEADLINE_S / 2] * 3 + [RETRY_S] * 2
+    assert a.told == [True, False], "not before it was released"
+    assert a.elector.failures_total == 3
+    assert sum("could not be looked after" in record.getMessage() for record in caplog.records) == 3
 
 
 # With client-go's elector

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import random
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from epp.sources.kubernetes.kinds import Kind
 from epp.sources.kubernetes.objects import Pod, read_pod
 from epp.sources.kubernetes.reflector import (
     ABSENT_BELIEVED_S,
@@ -25,7 +27,6 @@ from epp.sources.kubernetes.reflector import (
     STEADY_S,
     WATCH_MAX_S,
     WATCH_MIN_S,
-    Kind,
     Reflector,
 )
 from tests.kubernetes.scripted_api import Answer, Script, bookmark, event, expired, listing, pod, status, watching
@@ -35,6 +36,17 @@ KINDS = [Kind("pods", PODS, read_pod)]
 TWO_KINDS = [Kind("things.new", "/apis/new/v1/things", read_pod), Kind("things.old", "/apis/old/v1/things", read_pod)]
 NOT_FOUND = status(404, "NotFound", "the server could not find the requested resource")
 FORBIDDEN = status(403, "Forbidden", 'pods is forbidden: User "epp" cannot do that')
+
+
+ONE_KIND = TWO_KINDS[:1]
+
+
+def discovered(*names: str, version: str = "new/v1") -> Answer:
+    body = {"kind": "APIResourceList", "groupVersion": version, "resources": [{"name": name, "kind": "X"} for name in names]}
+    return Answer(parts=[json.dumps(body).encode()])
+
+
+THERE = (listing(pod("a")), watching(expired()))
 
 
 class Watched:
@@ -516,13 +528,163 @@ class TestKindsTheServerLacks:
         assert {request.url.path for request in w.script.requests} == {TWO_KINDS[0].path}
 
     async def test_one_that_was_taken_away_is_gone_after_a_while(self) -> None:
-        w = Watched(listing(pod("a")), watching(expired()), *[NOT_FOUND] * 20)
+        w = Watched(*THERE, kinds=ONE_KIND)
+        await w.steps(1)
         started_s = w.script.clock.now_s()
         while not w.reflector.absent:
-            await w.steps(1)
+            w.script.answers = [NOT_FOUND, discovered("others")]
+            (delay,) = await w.steps(1)
         assert w.names == []
         assert w.script.clock.now_s() - started_s > ABSENT_BELIEVED_S
         assert w.changes == 2
+        assert w.script.requests[-1].url.path == "/apis/new/v1"
+        assert DELAY_MAX_S / 2 <= delay <= DELAY_MAX_S  # it is missed: looked for sooner than what never was there
+        w.script.answers = [NOT_FOUND, NOT_FOUND]
+        assert all(DELAY_MAX_S / 2 <= delay <= DELAY_MAX_S for delay in await w.steps(2))
+        w.script.answers = [listing(pod("a"), version="60"), watching()]
+        assert await w.steps(1) == [0.0]
+        assert w.names == ["a"]
+
+    @pytest.mark.parametrize(
+        "discovery",
+        [
+            Answer(404, [b"default backend - 404"]),
+            NOT_FOUND,
+            status(503),
+            httpx2.ConnectError("refused"),
+            discovered("things", "others"),
+            discovered("others", version="old/v1"),
+            Answer(parts=[b"{}"]),
+            Answer(parts=[b'{"groupVersion": "new/v1"}']),
+            Answer(parts=[b'{"groupVersion": "new/v1", "resources": [{"name": "\xff"}]}']),
+        ],
+    )
+    async def test_whoever_answers_404_has_to_know_the_group(self, discovery: Answer | Exception) -> None:
+        w = Watched(*THERE, kinds=ONE_KIND)
+        await w.steps(1)
+        for _ in range(20):
+            w.script.answers = [NOT_FOUND, discovery]
+            await w.steps(1)
+        assert {request.url.path for request in w.script.requests[-2:]} == {ONE_KIND[0].path, "/apis/new/v1"}
+        assert w.names == ["a"]
+        assert not w.reflector.absent
+        assert w.changes == 1
+        w.script.answers = [listing(pod("b"), version="60"), watching()]
+        assert (await w.steps(1))[0] <= DELAY_MAX_S
+        assert w.names == ["b"]
+
+    async def test_every_server_has_pods(self) -> None:
+        w = Watched(listing(pod("a")), watching(expired()), *[NOT_FOUND] * 100)
+        delays = await w.steps(60)
+        assert w.script.clock.now_s() > 1_000 + 10 * ABSENT_BELIEVED_S
+        assert max(delays) <= DELAY_MAX_S
+        assert w.names == ["a"]
+        assert not w.reflector.absent
+        assert set(w.script.asked) == {"list", "watch 10"}
+        starting = Watched(*[NOT_FOUND] * 5)
+        await starting.steps(5)
+        assert not starting.reflector.synced
+
+    async def test_a_role_for_the_newer_group_taken_away_leaves_what_is_there(self, caplog: pytest.LogCaptureFixture) -> None:
+        w = Watched(listing(pod("a"), pod("b")), watching(expired()), *[FORBIDDEN] * 20, kinds=TWO_KINDS)
+        await w.steps(21)
+        assert w.names == ["a", "b"]
+        assert w.reflector.kind is TWO_KINDS[0]
+        assert {request.url.path for request in w.script.requests} == {TWO_KINDS[0].path}
+        (line,) = told(caplog)
+        assert "the last view stays and it is tried again: not allowed to list things.new" in line
+
+    async def test_a_newer_group_that_was_just_installed_takes_nothing_away(self, caplog: pytest.LogCaptureFixture) -> None:
+        w = Watched(NOT_FOUND, listing(pod("old1")), watching(), kinds=TWO_KINDS)
+        await w.steps(1)
+        w.script.answers = [each for _ in range(3) for each in (listing(), listing(pod("old1")), watching())]
+        await w.steps(3)
+        assert w.names == ["old1"]
+        assert w.reflector.kind is TWO_KINDS[1]
+        assert w.changes == 1
+        assert told(caplog) == ["there is nothing in things.new yet; things.old is used: "]
+        w.script.answers = [listing(pod("new1"), version="40"), watching()]  # moved
+        await w.steps(1)
+        assert w.names == ["new1"]
+        assert w.script.asked[-2:] == ["list", "watch 40"]
+        assert w.script.requests[-1].url.path == TWO_KINDS[0].path
+
+    async def test_and_counts_when_the_older_has_nothing_either(self) -> None:
+        w = Watched(NOT_FOUND, listing(pod("old1")), watching(), listing(version="40"), listing(), watching(), kinds=TWO_KINDS)
+        await w.steps(2)
+        assert w.names == []
+        assert w.reflector.kind is TWO_KINDS[0]
+        assert w.script.asked[-1] == "watch 40"
+        w.script.answers = [watching(event("DELETED", pod("new1", 41))), listing(version="50"), watching()]
+        w.script.clock.advance(RESYNC_S)
+        await w.steps(2)
+        assert w.script.requests[-1].url.path == TWO_KINDS[0].path  # one that was emptied is not looked past
+
+    @pytest.mark.parametrize("trouble", [FORBIDDEN, NOT_FOUND, status(500), httpx2.ReadError("reset")])
+    async def test_nor_while_the_older_can_not_be_listed(self, trouble: Answer | Exception) -> None:
+        w = Watched(NOT_FOUND, listing(pod("old1")), watching(), listing(version="40"), trouble, kinds=TWO_KINDS)
+        await w.steps(2)
+        assert w.names == ["old1"]
+        assert w.reflector.kind is TWO_KINDS[1]
+        assert w.reflector.errors_total == 1
+
+
+DEEP = b"[" * 30_000
+BAD_BYTE = json.dumps({"type": "MODIFIED", "object": pod("a", 11, app="?")}).encode().replace(b"?", b"\xff") + b"\n"
+
+
+class TestWhatIsNoText:
+    """An answer may be any bytes: none of them ends the watch."""
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            b'{"type": "\xff", "object": {}}\n',
+            b'{"type": "ERROR", "object": {"message": "\xff"}}\n',
+            b'{"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "\xff"}}}\n',
+            b'{"type": "DELETED", "object": {"metadata": {"name": "\xff"}}}\n',
+            b'{"type": "MODIFIED", "object": {"metadata": {"name": "\xff"}}}\n',
+            b'{"type": "MODIFIED", "object": {"metadata": {"name": "a"}, "x": ' + DEEP + b"\n",
+        ],
+        ids=["type", "error", "bookmark", "deleted", "modified", "deep"],
+    )
+    async def test_a_line(self, line: bytes) -> None:
+        w = Watched(listing(pod("a")), watching(line), listing(pod("b"), version="50"), watching())
+        await w.steps(1)
+        assert w.names == ["a"]
+        await w.steps(1)
+        assert w.names == ["b"]
+        assert w.reflector.errors_total == 1
+
+    async def test_an_object_in_a_line_that_is_well_otherwise_is_left_out(self, caplog: pytest.LogCaptureFixture) -> None:
+        w = Watched(listing(pod("a"), pod("b")), watching(BAD_BYTE, event("MODIFIED", pod("b", 12, x="y"))), watching())
+        await w.steps(1)
+        assert w.names == ["b"]
+        assert w.reflector.objects["llm", "b"].labels == {"x": "y"}
+        (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+        assert record.__dict__["fields"]["object"] == "llm/a"
+
+    async def test_an_object_of_a_list(self) -> None:
+        page = listing(pod("a", app="?"), pod("b"))
+        w = Watched(Answer(parts=[page.parts[0].replace(b"?", b"\xff")]), watching())
+        await w.steps(1)
+        assert w.names == ["b"]
+
+    @pytest.mark.parametrize(
+        "body", [b'{"metadata": {"resourceVersion": "\xff"}}', b'{"items": [' + DEEP, b'{"x": ' + DEEP], ids=["version", "items", "other"]
+    )
+    async def test_a_list(self, body: bytes) -> None:
+        w = Watched(listing(pod("a")), watching(expired()), Answer(parts=[body]))
+        await w.steps(2)
+        assert w.names == ["a"]
+        assert w.reflector.errors_total == 1
+
+    @pytest.mark.parametrize("body", [b'{"message": "\xff"}', b'{"x": ' + DEEP], ids=["byte", "deep"])
+    async def test_what_is_said_of_an_error(self, body: bytes) -> None:
+        w = Watched(listing(pod("a")), Answer(500, [body]), Answer(400, [body]), Answer(400, [body]))
+        await w.steps(3)
+        assert w.names == ["a"]
+        assert w.reflector.errors_total == 3
 
 
 class TestRunning:
@@ -540,6 +702,24 @@ class TestRunning:
         w.script.answers = [watching(event("ADDED", pod("b", 11)))]
         await w.steps(1)
         assert w.names == ["a", "b"]
+
+    async def test_whatever_goes_wrong_it_goes_on(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Also what nobody thought of."""
+        bugs = [ZeroDivisionError() for _ in range(10)]
+        w = Watched(listing(pod("a")), watching(), *bugs, listing(pod("b"), version="50"), Answer(parts=[asyncio.Event()]))
+        task = asyncio.ensure_future(w.reflector.run())
+        while len(w.script.requests) < 14 and not task.done():  # noqa: ASYNC110 - nothing but turns of the loop
+            await asyncio.sleep(0)
+        assert not task.done()
+        assert w.names == ["b"]
+        assert w.reflector.errors_total == 10
+        assert len(w.slept) == 10
+        assert w.slept[0] <= DELAY_MIN_S
+        assert DELAY_MAX_S / 2 <= w.slept[-1] <= DELAY_MAX_S
+        assert sum("unexpectedly" in record.getMessage() for record in caplog.records) == 10
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
     def test_it_says_what_it_is(self) -> None:
         assert repr(Watched().reflector) == "<Reflector pods objects=0 synced=False failures=0>"

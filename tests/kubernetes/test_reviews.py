@@ -332,7 +332,19 @@ async def test_errors_of_the_api_server(rig: Rig, status: int, answered: int) ->
     assert await rig.status() == 200
 
 
-@pytest.mark.parametrize("answer", [b"", b"{}", b'{"status": 7}', b"<html>", b'{"status": {"authenticated": "yes"}}', b'{"status": null}'])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"{}",
+        b'{"status": 7}',
+        b"<html>",
+        b'{"status": {"authenticated": "yes"}}',
+        b'{"status": null}',
+        b'{"status": {"user": {"username": "\xff"}}}',
+        b'{"x": ' + b"[" * 30_000,
+    ],
+)
 async def test_answers_that_say_nothing_let_nobody_in(rig: Rig, answer: bytes) -> None:
     rig.server.answer = answer
     assert await rig.status() == 503

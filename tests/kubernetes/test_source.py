@@ -15,7 +15,7 @@ from epp.clock import VirtualClock
 from epp.datastore import Datastore, Ticket
 from epp.errors import ConfigError
 from epp.pools import Pool, Pools
-from epp.resources import POOL_GROUP, Limits, Resources
+from epp.resources import POOL_GROUP, Choice, Limits, Objective, Resources, Rewrite, Rule
 from epp.sources.kubernetes.api import Api
 from epp.sources.kubernetes.objects import POOL_GROUP_OLD
 from epp.sources.kubernetes.source import COALESCE_S, KubernetesSource
@@ -279,6 +279,44 @@ class TestOnePool:
             await w.until(lambda: "c-rank-0" in w.endpoints)
             assert w.selectors == ["app=vllm", "tier=new"]
 
+    async def test_until_the_pods_of_another_selector_are_listed_those_there_stay(self, server: FakeApi) -> None:
+        server.create(inference_pool("pool", {"app": "blue"}))
+        server.create(pod("blue", "10.0.0.1", labels={"app": "blue"}))
+        server.create(pod("green", "10.0.0.2", labels={"app": "green"}))
+        async with world(server) as w:
+            assert await w.source.first_sync(WAIT_S)
+            assert w.ready == ["blue-rank-0"]
+            server.hold_lists()
+            server.update(inference_pool("pool", {"app": "green"}, [9000]))
+            await w.until(lambda: server.asked(PODS, watch=False) == 2 and not w.source._dirty.is_set())
+            assert w.endpoints == {"blue-rank-0": "10.0.0.1:8000"}
+            assert Pools(w.pools).live
+            applies = w.datastore.applies
+            server.release_lists()
+            await w.until(lambda: w.endpoints == {"green-rank-0": "10.0.0.2:9000"})
+            assert w.datastore.applies == applies + 1  # at no time was there none
+
+    async def test_a_selector_that_finds_the_same_pods(self, server: FakeApi) -> None:
+        server.create(inference_pool("pool"))
+        server.create(pod("a", "10.0.0.1", labels={"app": "vllm", "tier": "prod"}))
+        async with world(server) as w:
+            assert await w.source.first_sync(WAIT_S)
+            server.update(inference_pool("pool", {"app": "vllm", "tier": "prod"}, [9000]))
+            await w.until(lambda: w.endpoints == {"a-rank-0": "10.0.0.1:9000"})
+
+    async def test_a_pool_that_is_deleted_goes_at_once_whatever_is_being_listed(self, server: FakeApi) -> None:
+        server.create(inference_pool("pool", {"app": "blue"}))
+        server.create(pod("blue", "10.0.0.1", labels={"app": "blue"}))
+        async with world(server) as w:
+            assert await w.source.first_sync(WAIT_S)
+            server.hold_lists()
+            server.update(inference_pool("pool", {"app": "green"}))
+            await w.until(lambda: server.asked(PODS, watch=False) == 2)
+            server.delete(POOLS_V1, "default", "pool")
+            await w.until(lambda: not w.pool.exists)
+            assert w.endpoints == {}
+            server.release_lists()
+
     async def test_a_pool_that_is_deleted_and_made_again(self, server: FakeApi) -> None:
         server.create(inference_pool("pool"))
         server.create(pod("a", "10.0.0.1"))
@@ -320,6 +358,30 @@ class TestOnePool:
             assert not w.pool.synced
             assert w.source.age_s(w.pool) == float("inf")
             server.silence(False)
+
+    async def test_nobody_is_ready_before_the_rewrites_are_known(self, server: FakeApi) -> None:
+        server.create(inference_pool("pool"))
+        server.create(pod("a", "10.0.0.1"))
+        server.create(rewrite("canary", "pool", [("chat", {"chat-v1": 1})]))
+        server.create(objective("high", 7, "pool"))
+        for plural in ("inferencemodelrewrites", "inferenceobjectives"):
+            server.fail(3, 429, path=f"/apis/llm-d.ai/v1alpha2/namespaces/default/{plural}", retry_after_s=1)
+        async with world(server) as w:
+            assert await w.source.first_sync(WAIT_S)
+            target = w.pool.resources.target("chat")
+            assert target is not None
+            assert target.model == "chat-v1"
+            assert w.pool.resources.priority("high") == 7
+
+    async def test_rewrites_that_may_not_be_read_keep_no_pool_from_serving(self, server: FakeApi) -> None:
+        server.create(inference_pool("pool"))
+        server.create(pod("a", "10.0.0.1"))
+        server.refuse(REWRITES)
+        server.refuse(REWRITES_OLD)
+        async with world(server) as w:
+            await w.until(lambda: w.ready == ["a-rank-0"])
+            assert not await w.source.first_sync(0)
+            assert Pools(w.pools).live
 
     async def test_objectives_and_rewrites_come_and_go(self, server: FakeApi) -> None:
         server.create(inference_pool("pool"))
@@ -390,6 +452,26 @@ class TestGroupsAndKinds:
             assert (w.pool.service, w.pool.service_port, w.pool.app_protocol) == ("picker", 9002, "")
             server.install(POOLS_V1)  # it is brought up to date
             server.create(inference_pool("pool", ports=[9000]))
+            server.cut_watches(kind=f"inferencepools.{POOL_GROUP_OLD}")
+            await w.until(lambda: w.endpoints == {"a-rank-0": "10.0.0.1:9000"})
+
+    async def test_a_newer_kind_installed_before_the_pool_is_moved(self, server: FakeApi) -> None:
+        server.uninstall(POOLS_V1)
+        server.create(inference_pool_v1alpha2("pool", {"app": "vllm"}, 8000))
+        server.create(pod("a", "10.0.0.1"))
+        async with world(server) as w:
+            assert await w.source.first_sync(WAIT_S)
+            server.install(POOLS_V1)
+            relists = w.source.relists_total
+            for _ in range(3):
+                await w.until(lambda: server.watching(f"inferencepools.{POOL_GROUP_OLD}"))
+                server.cut_watches(kind=f"inferencepools.{POOL_GROUP_OLD}")
+                relists += 1
+                await w.until(lambda: w.source.relists_total >= relists)  # noqa: B023 - called before it changes
+                assert w.pool.exists
+                assert w.endpoints == {"a-rank-0": "10.0.0.1:8000"}
+            server.create(inference_pool("pool", ports=[9000]))
+            await w.until(lambda: server.watching(f"inferencepools.{POOL_GROUP_OLD}"))
             server.cut_watches(kind=f"inferencepools.{POOL_GROUP_OLD}")
             await w.until(lambda: w.endpoints == {"a-rank-0": "10.0.0.1:9000"})
 
@@ -499,6 +581,18 @@ class TestWithoutPools:
                 await w.until(lambda: "b-rank-1" in w.ready)
                 assert w.pool.view_as_of_s == w.source._pods.as_of_s
 
+    async def test_what_a_file_said_of_objectives_and_rewrites_stays(self, server: FakeApi) -> None:
+        server.create(pod("a", "10.0.0.1"))
+        async with world(server, endpoint_selector="app=vllm", target_ports=(8000,)) as w:
+            rule = Rule(("chat",), (Choice("chat-v1"),))
+            w.pool.resources.apply([Objective("high", priority=7, pool_name="pool")], [Rewrite("r", rules=(rule,), pool_name="pool")])
+            before = w.pool.resources.counts
+            assert await w.source.first_sync(WAIT_S)
+            server.create(pod("b", "10.0.0.2"))
+            await w.until(lambda: w.ready == ["a-rank-0", "b-rank-0"])
+            assert w.pool.resources.counts == before
+            assert w.pool.resources.priority("high") == 7
+
     async def test_a_selector_that_is_none(self, server: FakeApi) -> None:
         with pytest.raises(ConfigError, match="--endpoint-selector: expected"):
             World(server, ("pool",), endpoint_selector="app=vllm tier=prod", target_ports=(8000,))
@@ -546,6 +640,45 @@ class TestTrouble:
             await w.until(lambda: w.ready == ["p1-rank-0", "p2-rank-0", "p3-rank-0"])
             assert w.source.relists_total > 4
             assert w.datastore.by_destination["10.0.0.1:8000"] is kept
+
+    async def test_something_that_answers_404_to_all_takes_nothing_with_it(self, server: FakeApi) -> None:
+        """A load balancer whose backends are gone; a server that does not know its kinds yet."""
+        server.create(inference_pool("pool"))
+        server.create(pod("a", "10.0.0.1"))
+        server.create(objective("high", 7, "pool"))
+        async with world(server) as w:
+            assert await w.source.first_sync(WAIT_S)
+            server.fail(1_000_000, 404, path="/")
+            server.cut_watches()
+            started_s = w.time.now_s()
+            applies = w.datastore.applies
+            await w.until(lambda: w.time.now_s() > started_s + 1_000)
+            assert w.datastore.applies == applies
+            assert w.ready == ["a-rank-0"]
+            assert w.pool.resources.priority("high") == 7
+            assert Pools(w.pools).live
+            server._faults.clear()
+            server.create(pod("b", "10.0.0.2"))
+            await w.until(lambda: w.ready == ["a-rank-0", "b-rank-0"])
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            b'{"type":"MODIFIED","object":{"metadata":{"name":"\xff"}}}\n',
+            b'{"type":"MODIFIED","object":{"metadata":{"name":"a"},"x":' + b"[" * 30_000 + b"\n",
+        ],
+        ids=["byte", "deep"],
+    )
+    async def test_a_line_that_can_not_be_read(self, server: FakeApi, line: bytes) -> None:
+        server.create(inference_pool("pool"))
+        server.create(pod("a", "10.0.0.1"))
+        async with world(server) as w:
+            assert await w.source.first_sync(WAIT_S)
+            await w.until(lambda: server.watching() == 4)
+            server.send_raw(line)
+            await w.until(lambda: w.source.poll_errors_total == 4)
+            server.create(pod("b", "10.0.0.2"))
+            await w.until(lambda: w.ready == ["a-rank-0", "b-rank-0"])
 
     @pytest.mark.parametrize("how", ["in the stream", "as an answer"])
     async def test_a_version_too_old(self, server: FakeApi, how: str) -> None:
@@ -664,6 +797,8 @@ class TestTrouble:
             lambda: server.send_error(410),
             lambda: server.send_error(500, reason="InternalError"),
             lambda: server.send_raw(b"no event\n"),
+            lambda: server.send_raw(b'{"type":"DELETED","object":{"metadata":{"name":"\xff"}}}\n'),
+            lambda: server.fail(times=3, status=404),
             lambda: server.fail(times=3, status=rng.choice([0, 429, 500, 503])),
             lambda: server.fail(times=1, status=410, reason="Expired"),
             server.bookmark_now,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import io
 import json
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -208,6 +210,104 @@ async def test_an_address_is_shown_without_its_password() -> None:
         await Http(lambda: 0.0, limit_s=1).get("http://me:hunter2@127.0.0.1:1/metrics")
     assert "hunter2" not in str(caught.value)
     assert caught.value.fault
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://x:y", "http://a..b:1", "http://x:99999"])
+async def test_an_address_that_is_none_is_no_answer(url: str) -> None:
+    with pytest.raises(ProbeError, match="can't be read"):
+        await Http(lambda: 0.0, limit_s=5).get(url)
+
+
+# --- ports and servers that are something else
+
+
+@contextlib.asynccontextmanager
+async def answering(answer: bytes | None, *, body: bytes = b"") -> AsyncIterator[str]:
+    """A TCP server: hangs up at once, or says this to whatever comes; `body`: of an HTTP answer."""
+    if body:
+        answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (
+            len(body),
+            body,
+        )
+
+    async def behave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            if answer is not None and await reader.read(1 << 16):
+                writer.write(answer)
+                await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(behave, "127.0.0.1", 0) as server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def findings(*argv: str) -> dict[str, list[Finding]]:
+    chosen_ = options(*argv)
+    found: dict[str, list[Finding]] = {}
+    for check, finding in await examine(chosen_, checks_for(chosen_), lambda _about: None):
+        found.setdefault(check, []).append(finding)
+    return found
+
+
+SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+OTHERS = {
+    "hangs up": None,
+    "HTTP/1.1": b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+    "HTTP/2, then noise": SETTINGS + b"\x00\x00\x05\x01\x04\x00\x00\x00\x01hello",
+    "SMTP": b"220 mail.example.com ESMTP ready\r\n",
+}
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("answer", OTHERS.values(), ids=OTHERS)
+def test_a_port_that_is_no_picker_s_is_a_failure(answer: bytes | None, loop: str) -> None:
+    async def ask() -> dict[str, list[Finding]]:
+        async with answering(answer) as address:
+            return await findings("--target", address, "--health", address)
+
+    with asyncio.Runner(loop_factory=pytest.importorskip("uvloop").new_event_loop if loop == "uvloop" else None) as runner:
+        found = runner.run(ask())
+    for check in ("picker-health", "picker-health-port", "picker-exchange", "picker-exchange-buffered"):
+        assert [finding.status for finding in found[check]] == [Status.FAIL]
+    assert "not SERVING: the connection was" in found["picker-health-port"][0].text
+
+
+async def test_a_host_that_can_not_be_one_is_a_failure() -> None:
+    found = await findings("--target", "a..b:9002")
+    assert "a..b:9002 can't be reached" in found["picker-port"][0].text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}",
+        b"[]",
+        b"null",
+        b'{"endpoints": null, "plugins": null}',
+        b'{"endpoints": [null], "plugins": {"a": null}}',
+        b'{"endpoints": [{"name": "a", "address": "x"}], "plugins": []}',
+        b'{"endpoints": [{"name": "a", "address": "x", "state": "healthy", "reading_age_s": "z"}], "plugins": {"a": {"type": 1}}}',
+        b'{"endpoints": "\xff", "plugins": "\xff"}',
+        b"[" * 30_000,
+    ],
+)
+async def test_a_metrics_port_that_is_none(body: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\n")
+    async with answering(b"", body=body) as address:
+        found = await findings("--metrics", f"http://{address}", "--config-file", str(file))
+    assert found["picker-metrics"][0].status is Status.FAIL
+    for check, path in (("picker-endpoints", "/debug/endpoints"), ("picker-config", "/debug/plugins/state")):
+        (finding,) = found[check]
+        assert finding.status is Status.SKIPPED
+        assert finding.text == f"http://{address}{path} answers with something else than expected: this is no picker's metrics port"
+
+
+async def test_an_endpoint_of_a_picker_that_has_no_address() -> None:
+    rows = {"endpoints": [{"name": "a", "address": "[::1", "state": "healthy", "reading_age_s": None}]}
+    async with answering(b"", body=json.dumps(rows).encode()) as address:
+        found = await findings("--metrics", f"http://{address}")
+    assert "an address that is none can't be read" in found["engine-metrics"][0].text
 
 
 def test_a_token_file_that_is_not_there_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,8 @@ lightkube's configuration (kubeconfig, the pod's service account with its token 
 the HTTP client it brings; none of its own list, watch or retry. It is an optional extra, imported when a connection is made.
 
 Not here: what objects mean (objects), trying again (reflector). Invariants: no request outlives its time limit, credential plugin
-included; an answer larger than its limit is an error; no token, and nothing a plugin printed, is in a message.
+included; an answer larger than its limit is an error; no token, and nothing a plugin printed, is in a message. What an answer says may
+be anything, down to bytes that are no text: who reads one catches `UNREADABLE`.
 
 What lightkube lacks and is mended here: plugins that speak `client.authentication.k8s.io/v1`, a `tokenFile` beside the kubeconfig, a
 context without a user. What stays as it is: a CA or client certificate that changes is read at the next start only; `proxy-url` in a
@@ -43,6 +44,9 @@ CONNECT_S = 10.0
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 """Where a pod finds its token, its namespace and the server's authority."""
 EXTRA = "pip install 'envoy-endpoint-picker[kubernetes]'"
+
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes it can't read: the last two, for what is no UTF-8 or nested too deep, are no DecodeError."""
 
 _EXEC_V1, _EXEC_V1BETA1 = "client.authentication.k8s.io/v1", "client.authentication.k8s.io/v1beta1"
 
@@ -83,7 +87,7 @@ def error_of(status: int, body: bytes, retry_after: str = "") -> ApiError:
     """What the server says in a Status object, or what there is where a proxy answered instead."""
     try:
         said = _status.decode(body)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         said = _Status()
     code = status or said.code
     retry_after_s = float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None
@@ -133,7 +137,7 @@ class Api:
             raise ConfigError(source, [Problem("", "is not YAML")]) from None
         except KeyError as error:
             raise ConfigError(source, [Problem("", f"has no {error.args[0]!r}, which is asked for or needed")]) from None
-        except (TypeError, AttributeError, ValueError) as error:
+        except (TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ConfigError(source, [Problem("", f"is not a kubeconfig ({type(error).__name__})")]) from None
         except OSError as error:
             what = f"{error.filename}: " if error.filename else ""
@@ -240,7 +244,8 @@ async def _body(response: httpx2.Response, bytes_max: int) -> bytes:
 def _faults() -> tuple[type[Exception], ...]:
     import httpx2  # noqa: PLC0415 - optional
 
-    faults: tuple[type[Exception], ...] = (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL, OSError, json.JSONDecodeError)
+    # the last two: what a credential plugin printed is no JSON or no text, a token is no ASCII
+    faults: tuple[type[Exception], ...] = (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL, OSError, ValueError, RecursionError)
     try:
         from lightkube.core.exceptions import ConfigError as LightkubeConfigError  # noqa: PLC0415 - optional
     except ImportError:
@@ -251,12 +256,13 @@ def _faults() -> tuple[type[Exception], ...]:
 
 def _unreachable(error: Exception) -> ApiUnreachableError:
     kind = type(error).__name__
-    if kind == "ConfigError" or isinstance(
-        error, json.JSONDecodeError | KeyError | TypeError
-    ):  # its text may hold what a credential plugin printed
-        return ApiUnreachableError("no credentials: the token's file can't be read, or the kubeconfig's credential plugin failed")
     if isinstance(error, OSError) and error.filename:
         return ApiUnreachableError(f"{error.filename}: {error.strerror}")
+    unsigned = isinstance(error, KeyError | TypeError | ValueError | RecursionError) and not isinstance(error, OSError)
+    if kind == "ConfigError" or unsigned:  # its text may hold what a credential plugin printed
+        return ApiUnreachableError("no credentials: the token's file can't be read, or the kubeconfig's credential plugin failed")
+    if kind == "LocalProtocolError":  # its text quotes the header that can't be sent
+        return ApiUnreachableError(f"{kind}: the request can't be sent; is the token a single line?")
     return ApiUnreachableError(f"{kind}: {error}" if str(error) else kind)
 
 

@@ -30,7 +30,7 @@ import msgspec
 
 from epp.aio import Sleep
 from epp.clock import Clock
-from epp.sources.kubernetes.api import Api, ApiError, ApiUnreachableError
+from epp.sources.kubernetes.api import UNREADABLE, Api, ApiError, ApiUnreachableError
 
 _log = logging.getLogger("epp.kubernetes.election")
 
@@ -129,13 +129,20 @@ class Elector:
     async def run(self) -> None:
         """Until cancelled or released."""
         while not self._closed:
-            await self.once()
+            try:
+                await self.once()
+            except Exception:  # noqa: BLE001 - a bug, or an answer nobody thought of: who leads goes on, and the process too
+                _log.exception("the lease could not be looked after", extra={"fields": self._about(leading=self.leading)})
+                self.failures_total += 1
+                self._retry_after_s = self._lease_s
             await self._sleep(self.pause_s())
 
     def pause_s(self) -> float:
-        """Until the next try: longer if the API server asked for it, but no longer than a lease lasts."""
-        pause_s = self._retry_s if self.leading else self._retry_s * (1.0 + JITTER * self._rng.random())
-        return max(pause_s, min(self._retry_after_s, self._lease_s))
+        """Until the next try: longer if the API server asked for it, but not so long that a leader's lease could run out meanwhile, nor
+        longer than a lease lasts."""
+        if self.leading:
+            return max(self._retry_s, min(self._retry_after_s, self._renew_deadline_s / 2))
+        return max(self._retry_s * (1.0 + JITTER * self._rng.random()), min(self._retry_after_s, self._lease_s))
 
     async def once(self) -> None:
         """Renew, take or look. Never raises for what the API server does or fails to do."""
@@ -155,7 +162,7 @@ class Elector:
                     self._refused_s = None  # another was faster; the next look shows who
                 else:
                     self._refused(error)
-            except msgspec.DecodeError as error:
+            except UNREADABLE as error:
                 self._not_reached(f"the lease can't be read: {error}")
             else:
                 self._refused_s = None
@@ -172,7 +179,7 @@ class Elector:
                 try:
                     async with asyncio.timeout(self._answer_s):
                         await self._give_back()
-                except (ApiError, ApiUnreachableError, msgspec.DecodeError, TimeoutError) as error:
+                except (ApiError, ApiUnreachableError, TimeoutError, *UNREADABLE) as error:
                     _log.warning("the lease could not be released; it runs out", extra={"fields": self._about(reason=str(error))})
                 self._lead(leading=False, why="released")
 
@@ -318,7 +325,7 @@ class Elector:
 
 
 def _lease(answer: bytes) -> _Lease:
-    """Raises msgspec.DecodeError."""
+    """Raises one of UNREADABLE."""
     document = msgspec.json.decode(answer, type=dict[str, Any])
     return _Lease(document, msgspec.convert(document.get("spec") or {}, _Spec))
 

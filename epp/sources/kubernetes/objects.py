@@ -176,13 +176,13 @@ _pool_old = msgspec.json.Decoder(_PoolOld)
 
 
 def read_head(raw: bytes | msgspec.Raw) -> Seen:
-    """Which object it is, whatever else is wrong with it. Raises msgspec.DecodeError."""
+    """Which object it is, whatever else is wrong with it. Raises one of UNREADABLE."""
     meta = _head.decode(raw).meta
     return Seen((meta.namespace, meta.name), meta.version, None)
 
 
 def read_pod(raw: bytes | msgspec.Raw) -> Seen:
-    """Raises msgspec.DecodeError."""
+    """Raises one of UNREADABLE."""
     pod = _pod.decode(raw)
     meta, spec, status = pod.meta, pod.spec, pod.status
     host = _host(status.pod_ip)
@@ -208,20 +208,20 @@ def read_pod(raw: bytes | msgspec.Raw) -> Seen:
 
 
 def read_pool(raw: bytes | msgspec.Raw) -> Seen:
-    """`inference.networking.k8s.io/v1`. Raises msgspec.DecodeError or ConfigError."""
+    """`inference.networking.k8s.io/v1`. Raises one of UNREADABLE, or ConfigError."""
     pool = _pool.decode(raw)
     ports = [port.number for port in pool.spec.ports]
     return _pool_object(pool.meta, pool.spec.selector.labels, ports, pool.spec.app_protocol or "", pool.spec.picker)
 
 
 def read_pool_old(raw: bytes | msgspec.Raw) -> Seen:
-    """`inference.networking.x-k8s.io/v1alpha2`. Raises msgspec.DecodeError or ConfigError."""
+    """`inference.networking.x-k8s.io/v1alpha2`. Raises one of UNREADABLE, or ConfigError."""
     pool = _pool_old.decode(raw)
     return _pool_object(pool.meta, pool.spec.selector, [pool.spec.port], "", pool.spec.picker)
 
 
 def read_resource(raw: bytes | msgspec.Raw) -> Seen:
-    """An InferenceObjective or InferenceModelRewrite of either group. Raises msgspec.DecodeError or ConfigError."""
+    """An InferenceObjective or InferenceModelRewrite of either group. Raises one of UNREADABLE, or ConfigError."""
     head = read_head(raw)
     item: Objective | Rewrite = object_of(msgspec.json.decode(raw), source="/".join(head.key))
     return Seen(head.key, head.version, item)

@@ -6,11 +6,16 @@
   by us when nothing comes for longer than bookmarks are apart: a connection that died without a word.
 - 410, as an HTTP status or in the stream, a line that is no event, an error nobody knows: list again. Until that list is whole the old
   copy stays, and then it is replaced at once, so that deletions nobody told of are seen.
-- Nothing that fails empties the copy, nor one 404: only a kind that is absent for a while is believed to be gone.
+- Nothing that fails empties the copy, nor do 404s, which a load balancer gives too: a kind that had objects is believed to be gone only
+  when it was not found for a while and the server, asked what it has of that group, names others and not this one. A kind of the core is
+  never absent.
 - Every failure waits twice as long as the one before, up to `DELAY_MAX_S`, a random part less; a watch that held for a while starts anew.
 
 Where there are several versions or groups of a kind, `kinds` names them in order; the first that the server has is used, and the better
-ones are looked for again when a watch ends.
+ones are looked for again when a watch ends. One that was just installed and is still empty does not take the place of one with objects,
+and one with objects is not left for a later because listing it is forbidden all at once.
+
+Whatever else goes wrong, a bug here among it, is logged and tried again: the loss of the API server never stops routing.
 
 Not here: what objects mean (objects), what follows from them (source). `changed` is called for each event that changes the copy, `seen`
 whenever the server was heard; both must be cheap and may not wait. Cost: 15 µs a pod listed or changed.
@@ -24,14 +29,15 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 
 from epp.aio import Sleep
 from epp.clock import Clock
 from epp.errors import ConfigError
-from epp.sources.kubernetes.api import Api, ApiError, ApiUnreachableError
+from epp.sources.kubernetes.api import UNREADABLE, Api, ApiError, ApiUnreachableError
+from epp.sources.kubernetes.kinds import Kind, read_discovery, read_event, read_page, read_status
 from epp.sources.kubernetes.objects import Key, Seen, read_head
 
 PAGE = 500
@@ -48,9 +54,9 @@ STEADY_S = 10.0
 """A watch that lasted that long was no failure."""
 DELAY_MIN_S, DELAY_MAX_S = 0.2, 30.0
 ABSENT_S = 180.0
-"""Between looks for a kind that the server does not have."""
+"""Between looks for a kind that the server does not have; for one that had objects before, `DELAY_MAX_S`."""
 ABSENT_BELIEVED_S = 30.0
-"""A kind that had objects is gone when it was not found for that long: a server that starts does not know all of its kinds at once."""
+"""A kind that had objects may be gone when it was not found for that long: a server that starts does not know all of its kinds at once."""
 WATCH_RETRIES = 3
 """A watch a busy server refused that often is not tried again before a list."""
 FAULTS_TOLD_MAX = 1_000
@@ -61,41 +67,6 @@ _BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.INTERNAL_SERVER_ERROR, HTTPSta
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class Kind(NamedTuple):
-    """One version of one group of what is watched."""
-
-    name: str
-    """For people: `pods`, `inferencepools.inference.networking.k8s.io`."""
-    path: str
-    read: Callable[[msgspec.Raw], Seen]
-
-
-class _ListMeta(msgspec.Struct):
-    version: str = msgspec.field(name="resourceVersion", default="")
-    next: str = msgspec.field(name="continue", default="")
-
-
-class _List(msgspec.Struct):
-    meta: _ListMeta = msgspec.field(name="metadata", default_factory=_ListMeta)
-    items: list[msgspec.Raw] | None = None
-
-
-class _Event(msgspec.Struct):
-    type: str
-    object: msgspec.Raw
-
-
-class _Status(msgspec.Struct):
-    code: int = 0
-    reason: str = ""
-    message: str = ""
-
-
-_list = msgspec.json.Decoder(_List)
-_event = msgspec.json.Decoder(_Event)
-_status = msgspec.json.Decoder(_Status)
 
 
 def _nothing() -> None:
@@ -131,6 +102,8 @@ class Reflector(Generic[T]):
         """The one in use, or looked for last."""
         self.as_of_s = float("-inf")
         """When the server last said something: a list, the start of a watch, an event, a bookmark."""
+        self.listed_by: Mapping[str, str] | None = None
+        """The selectors by which the copy was listed."""
         self.events_total = self.relists_total = self.errors_total = 0
         self._api = api
         self._kinds = kinds
@@ -149,6 +122,8 @@ class Reflector(Generic[T]):
         self._failures = 0
         """In a row."""
         self._not_found_since_s = float("inf")
+        self._lost = False
+        """It had objects before it was absent."""
         self._asked = self.kind
         self._told = self._said = ""
         """What was told last; told once."""
@@ -160,7 +135,13 @@ class Reflector(Generic[T]):
     async def run(self) -> None:
         """Until cancelled; may be run again after that."""
         while True:
-            delay_s = await self.step()
+            try:
+                delay_s = await self.step()
+            except Exception:  # noqa: BLE001 - a bug, or an answer nobody thought of, costs a new list, never the process
+                _log.exception("watching Kubernetes failed unexpectedly; the last view stays", extra={"fields": {"kind": self._asked.name}})
+                self.errors_total += 1
+                self._version = ""
+                delay_s = self._delay_s()
             if delay_s:
                 await self._sleep(delay_s)
 
@@ -177,7 +158,7 @@ class Reflector(Generic[T]):
             if not self._version:
                 await self._relist()
                 if self.absent:
-                    return self._less_a_part(ABSENT_S)
+                    return self._less_a_part(DELAY_MAX_S if self._lost else ABSENT_S)
                 started_s = self._clock.now_s()
             await self._watch()
         except ApiError as error:
@@ -192,41 +173,60 @@ class Reflector(Generic[T]):
         return self._delay_s()  # a server that ends watches at once is not to be asked without end
 
     async def _relist(self) -> None:
-        refused: ApiError | None = None
-        refused_kind = self._kinds[0]
-        for kind in self._kinds:
+        refused: dict[Kind, ApiError] = {}
+        empty: dict[Kind, str] = {}
+        for place, kind in enumerate(self._kinds):
             self._asked = kind
             try:
                 objects, version = await self._listed(kind)
             except ApiError as error:
-                if error.status == HTTPStatus.FORBIDDEN:  # where the kind is absent, too, if no Role names it
-                    if refused is None:
-                        refused, refused_kind = ApiError(error.status, error.reason, self._refused(error, "list")), kind
-                elif error.status != HTTPStatus.NOT_FOUND or self._doubtful(kind):
+                if not await self._passed_over(kind, error):
                     raise
+                if error.status == HTTPStatus.FORBIDDEN:
+                    refused[kind] = error
                 continue
-            if refused is not None:
-                self._say(f"{refused.message}; {kind.name} is used")
-            self._take(kind, objects, version)
-            return
-        if refused is not None:
-            self._asked = refused_kind
-            raise refused
-        self._take(self._kinds[0], {}, "", absent=True)
+            if not objects and self.objects and self.kind in self._kinds[place + 1 :]:
+                empty[kind] = version  # it may have been installed just now
+            elif objects or not empty:
+                reasons = [self._refused(failure, "list", other) for other, failure in refused.items()]
+                reasons += [f"there is nothing in {other.name} yet" for other in empty]
+                if reasons:
+                    self._say(f"{'; '.join(reasons)}; {kind.name} is used")
+                self._take(kind, objects, version)
+                return
+        if empty:
+            kind = next(iter(empty))
+            self._take(kind, {}, empty[kind])
+        elif refused:
+            self._asked = next(iter(refused))
+            raise refused[self._asked]
+        else:
+            self._take(self._kinds[0], {}, "", absent=True)
 
-    def _doubtful(self, kind: Kind) -> bool:
-        if kind is not self.kind or not self.objects:
+    async def _passed_over(self, kind: Kind, error: ApiError) -> bool:
+        """Whether what the server said of this kind leaves it to the next."""
+        held = kind is self.kind and bool(self.objects)
+        if error.status == HTTPStatus.FORBIDDEN:  # where the kind is absent, too, if no Role names it
+            return not held
+        if error.status != HTTPStatus.NOT_FOUND or not kind.version:
             return False
+        if not held:
+            return True
         self._not_found_since_s = min(self._not_found_since_s, self._clock.now_s())
-        return self._clock.now_s() - self._not_found_since_s < ABSENT_BELIEVED_S
+        if self._clock.now_s() - self._not_found_since_s < ABSENT_BELIEVED_S:
+            return False
+        try:
+            return read_discovery(await self._api.get(f"/apis/{kind.version}", timeout_s=LIST_S)).lacks(kind)
+        except (ApiError, ApiUnreachableError, *UNREADABLE):
+            return False
 
     async def _listed(self, kind: Kind) -> tuple[dict[Key, T], str]:
         objects: dict[Key, T] = {}
         params = {**self._params, "limit": str(PAGE)}
         while True:
             try:
-                page = _list.decode(await self._api.get(kind.path, params, timeout_s=LIST_S))
-            except msgspec.DecodeError as error:
+                page = read_page(await self._api.get(kind.path, params, timeout_s=LIST_S))
+            except UNREADABLE as error:
                 raise ApiError(HTTPStatus.BAD_GATEWAY, "NotAList", f"the answer is no list: {error}") from None
             if not page.meta.version:
                 raise ApiError(HTTPStatus.BAD_GATEWAY, "NotAList", "the answer has no resourceVersion")
@@ -253,8 +253,9 @@ class Reflector(Generic[T]):
             _log.warning("the API server has no %s; they are looked for again every few minutes", names)
         elif kind is not self.kind or (self.absent and not absent):
             _log.info("watching %s", kind.name, extra={"fields": {"namespace": self._namespace}})
+        self._lost = absent and (self._lost or bool(old))
         self.kind, self.objects, self._version, self.absent = kind, objects, version, absent
-        self.synced = True
+        self.synced, self.listed_by = True, self._params
         self.relists_total += 1
         self._listed_at_s = self._clock.now_s()
         self._not_found_since_s = float("inf")
@@ -276,9 +277,9 @@ class Reflector(Generic[T]):
     def _one(self, line: bytes) -> None:
         """One event. Raises ApiError where the watch can't go on."""
         try:
-            event = _event.decode(line)
+            event = read_event(line)
             if event.type == "ERROR":
-                status = _status.decode(event.object)
+                status = read_status(event.object)
                 raise ApiError(status.code, status.reason or "Unknown", status.message)
             if event.type == "BOOKMARK":
                 self._version = read_head(event.object).version or self._version
@@ -286,7 +287,7 @@ class Reflector(Generic[T]):
                 return
             head = read_head(event.object) if event.type == "DELETED" else None
             seen = head or self._read(self.kind, event.object) or read_head(event.object)
-        except msgspec.DecodeError:
+        except UNREADABLE:
             raise ApiError(HTTPStatus.BAD_GATEWAY, "NotAnEvent", "a line of a watch is no event") from None
         self._version = seen.version or self._version
         self.events_total += 1
@@ -310,9 +311,9 @@ class Reflector(Generic[T]):
         """None, and a line of log, for an object with a fault: it is left out, the others are not."""
         try:
             return kind.read(raw)
-        except (msgspec.DecodeError, ConfigError) as error:
+        except (*UNREADABLE, ConfigError) as error:
             why = "; ".join(map(str, error.problems)) if isinstance(error, ConfigError) else str(error)
-        with contextlib.suppress(msgspec.DecodeError):
+        with contextlib.suppress(*UNREADABLE):
             head = read_head(raw)
             if (head.key, head.version) in self._faults_told:
                 return None
@@ -339,7 +340,7 @@ class Reflector(Generic[T]):
         if isinstance(error, ApiError):
             ordinary = error.status == HTTPStatus.GONE
             if error.status == HTTPStatus.FORBIDDEN:
-                why = self._refused(error, "watch") if self._version else error.message
+                why = self._refused(error, "watch" if self._version else "list", self._asked)
             if error.status not in _BUSY or self._failures >= WATCH_RETRIES:  # also where watching is forbidden and listing is not
                 self._version = ""
             retry_after_s = error.retry_after_s or 0.0
@@ -348,9 +349,9 @@ class Reflector(Generic[T]):
             self._tell(why)
         return max(self._delay_s(), min(retry_after_s, DELAY_MAX_S))
 
-    def _refused(self, error: ApiError, verb: str) -> str:
+    def _refused(self, error: ApiError, verb: str, kind: Kind) -> str:
         where = f"in the namespace {self._namespace}" if self._namespace else "in the cluster"
-        return f"not allowed to {verb} {self._asked.name} {where}: a Role must allow get, list and watch on it ({error.message})"
+        return f"not allowed to {verb} {kind.name} {where}: a Role must allow get, list and watch on it ({error.message})"
 
     def _tell(self, why: str) -> None:
         if why != self._told:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from epp.clock import Clock
-from epp.sources.kubernetes.api import Api, ApiError, ApiUnreachableError
+from epp.sources.kubernetes.api import UNREADABLE, Api, ApiError, ApiUnreachableError
 
 _log = logging.getLogger("epp.kubernetes.reviews")
 
@@ -199,7 +199,7 @@ class Reviewer:
             return _UNREACHABLE
         except ApiError as error:
             return self._refused(kind, error)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             self._trouble("unreadable", f"the API server's answer to one of {kind} can't be read: {error}")
             return _UNREACHABLE
         self._well()

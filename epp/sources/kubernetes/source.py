@@ -5,13 +5,13 @@ the API server; of several pools all pods of the namespace are watched once and 
 more, and another selector needs no list. Without pools (`--endpoint-selector`) there are pods only: no CRDs are needed, priorities are 0.
 
 Of kinds with an older API group, that one counts only where the server does not have the newer (as with the reference picker; the file
-source, which sees both at once, lets the newer win object by object).
+source, which sees both at once, lets the newer win object by object), or has just got it and nothing in it.
 
 What changes is applied together, at most once in `COALESCE_S`: five thousand pods that arrive cost a few updates of the datastore.
 
-Invariants: nothing that goes wrong with the API server takes an endpoint away; a pool that is deleted loses its endpoints at once; an
-object with a fault is left out and blocks no other. `Pool.view_as_of_s` is the older of what is known of the pools and of the pods: up
-to a minute old when all is well and quiet.
+Invariants: nothing that goes wrong with the API server takes an endpoint away; a pool that is deleted loses its endpoints at once, one
+with another selector only when the pods it selects now were listed; an object with a fault is left out and blocks no other.
+`Pool.view_as_of_s` is the older of what is known of the pools and of the pods: up to a minute old when all is well and quiet.
 
 Not here: list and watch (reflector), what an endpoint is (endpoints), who leads (election).
 """
@@ -32,8 +32,9 @@ from epp.pools import Pool
 from epp.resources import POOL_GROUP, Objective, Rewrite
 from epp.sources.kubernetes.api import Api
 from epp.sources.kubernetes.endpoints import Membership, PoolView
+from epp.sources.kubernetes.kinds import Kind
 from epp.sources.kubernetes.objects import POOL_GROUP_OLD, Pod, PoolObject, read_pod, read_pool, read_pool_old, read_resource
-from epp.sources.kubernetes.reflector import Kind, Reflector
+from epp.sources.kubernetes.reflector import Reflector
 from epp.sources.kubernetes.selector import Selector
 
 COALESCE_S = 0.02
@@ -83,8 +84,8 @@ class KubernetesSource:
         self._membership = Membership()
         self._dirty = asyncio.Event()
         self._synced = asyncio.Event()
-        self._view_dirty = self._resources_dirty = True
-        """What has to be worked out anew."""
+        self._view_dirty, self._resources_dirty = True, False
+        """What has to be worked out anew. Of resources nothing before they are listed: without pools they are somebody else's."""
         self._selected: str | None = None
         """The label selector of the watch of pods; None: there is none yet."""
         self._pods_task: asyncio.Task[None] | None = None
@@ -140,7 +141,8 @@ class KubernetesSource:
         return self._clock.now_s() - pool.view_as_of_s
 
     async def first_sync(self, timeout_s: float) -> bool:
-        """Wait until every pool was looked for and its pods were listed; `run` has to be running. False if that takes too long."""
+        """Wait until every pool was looked for, its pods, objectives and rewrites were listed; `run` has to be running. False if that takes
+        too long: what is missing then comes later."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._synced.wait()
@@ -167,13 +169,13 @@ class KubernetesSource:
         objects = self._pool_objects()
         for pool in self._pools:
             self._describe(pool, objects.get(pool.name))
-        if self._view_dirty and self._pods.synced:
+        if self._view_dirty and self._pods.synced and self._pods_are_theirs():
             self._view_dirty = False
             if self._membership.update(self._pods.objects, self._views(objects)):
                 self._apply()
         if self._resources_dirty:
             self._apply_resources()
-        if not self._synced.is_set() and all(pool.synced for pool in self._pools):
+        if not self._synced.is_set() and all(pool.synced for pool in self._pools) and all(each.synced for each in self._resources):
             self._synced.set()
             fields = {
                 "namespace": self._namespace,
@@ -242,7 +244,7 @@ class KubernetesSource:
         if self._pods_task is not None:
             self._pods_task.cancel()
         self._selected = selector
-        self._pods.use({"labelSelector": selector} if selector else {})
+        self._pods.use(_params(selector))
         self._pods_task = tasks.create_task(self._pods.run(), name="watch pods")
 
     def _pods_selector(self) -> str | None:
@@ -254,10 +256,19 @@ class KubernetesSource:
         found = self._pool_objects().get(self._pools[0].name)
         return str(found.selector) if found else None
 
+    def _pods_are_theirs(self) -> bool:
+        """Whether the pods here are those that the pools select now: of what another selector listed, the new one would leave hardly any."""
+        selector = self._pods_selector()
+        return selector is None or self._pods.listed_by == _params(selector)
+
     def _tell(self, why: str) -> None:
         if why != self._told:
             _log.warning("what Kubernetes says can't be used", extra={"fields": {"namespace": self._namespace, "reason": why}})
         self._told = why
+
+
+def _params(selector: str) -> dict[str, str]:
+    return {"labelSelector": selector} if selector else {}
 
 
 def pool_kinds(group: str, namespace: str) -> list[Kind]:
