@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import BenchError, report
+from bench.replay import flow
 from bench.replay.baselines import BASELINES
 from bench.replay.cells import Cell, Row, Settings, configured, known, row_of, run_all, workload_of
+from bench.replay.kv_events import DELAY_S
 from bench.replay.profiles import DEFAULT_PROFILE, PROFILES, profile_of
 from bench.replay.saturation import LOADS, saturation_rate
 from bench.replay.scenarios import SCENARIOS
@@ -34,6 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--trace", metavar="FILE", help="a trace in the Mooncake format")
     what.add_argument("--scenario", metavar="NAME[,NAME]", help="synthetic workloads, or `all`")
+    what.add_argument("--flow", metavar="NAME[,NAME]", help="what flow control does: tenants, priority, cold-burst, or `all`")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N requests of the trace")
     parser.add_argument("--block-tokens", type=int, default=512, metavar="N", help="tokens of a block in the trace (default: %(default)s)")
     ticks = parser.add_mutually_exclusive_group()
@@ -51,6 +54,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scrape-delay", type=float, default=0.0, metavar="S", help="seconds until a reading is known (default: %(default)s)"
     )
+    parser.add_argument("--kv-tokens", type=int, default=0, metavar="N", help="tokens of each KV cache (default: the profile's)")
+    parser.add_argument(
+        "--event-delay",
+        type=float,
+        default=DELAY_S,
+        metavar="S",
+        help="until policies that read KV events know of a block (default: %(default)s)",
+    )
     parser.add_argument("--usage", action="store_true", help="answers end with token counts, cached ones included")
     parser.add_argument("--slo-ttft", type=float, default=2.0, metavar="S", help="for goodput (default: %(default)s)")
     parser.add_argument("--slo-tpot", type=float, default=0.1, metavar="S", help="for goodput (default: %(default)s)")
@@ -62,6 +73,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
+    if args.flow:
+        return _flow(args, settings)
     workloads = ["trace"] if args.trace else _scenarios(args.scenario)
     policies = policies_of(args.policies)
     cells = []
@@ -90,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
         "arrivals": ("jittered" if settings.jitter else "raw") if settings.trace else "scenario",
         "scrape_interval_s": settings.scrapes.interval_s,
         "scrape_delay_s": settings.scrapes.delay_s,
+        "kv_tokens": settings.kv_tokens or profile_of(settings.profile).kv_tokens,
+        "event_delay_s": settings.event_delay_s,
         "slo_ttft_s": settings.objective.ttft_s,
         "slo_tpot_s": settings.objective.tpot_s,
         "saturation": loads,
@@ -99,6 +114,21 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         for path in plot(rows, Path(args.plot)):
             print(f"written: {path}")
+    return 0
+
+
+def _flow(args: argparse.Namespace, settings: Settings) -> int:
+    policies = args.policies.split(",") if args.policies else flow.POLICIES
+    scenarios = flow.scenarios_of(args.flow)
+    rows = flow.play(settings, scenarios, policies, seeds=args.seeds, jobs=args.jobs, progress=lambda line: print(line, flush=True))
+    print(f"\n{flow.text_of(rows)}")
+    if args.json:
+        notes: dict[str, object] = {
+            "replicas": settings.replicas,
+            "profile": settings.profile,
+            "scrape_interval_s": settings.scrapes.interval_s,
+        }
+        report.write_json(Path(args.json), report.document(rows, ("msgspec", "xxhash"), notes))
     return 0
 
 
@@ -133,6 +163,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise BenchError("--replicas, --seeds and --jobs are at least 1")
     if args.scrape_interval <= 0 or args.scrape_delay < 0:
         raise BenchError("--scrape-interval is above 0, --scrape-delay not below")
+    if args.kv_tokens < 0 or args.event_delay < 0:
+        raise BenchError("--kv-tokens and --event-delay are not below 0")
     return Settings(
         replicas=args.replicas,
         profile=args.profile,
@@ -146,6 +178,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         offload_tokens=args.offload_tokens,
         warmup_s=args.warmup,
         usage=args.usage,
+        event_delay_s=args.event_delay,
+        kv_tokens=args.kv_tokens,
     )
 
 

@@ -17,7 +17,7 @@ from bench.replay.job import BLOCK_TOKENS, Job
 class KVCache:
     """See the module. Amounts are tokens."""
 
-    __slots__ = ("_free", "_tier", "_tier_blocks", "capacity", "evicted_blocks", "refs", "used")
+    __slots__ = ("_free", "_tier_blocks", "capacity", "evicted_blocks", "refs", "tier", "used")
 
     def __init__(self, capacity: int, offload: int = 0) -> None:
         """`offload`: tokens of CPU memory behind it."""
@@ -29,7 +29,7 @@ class KVCache:
         self.evicted_blocks = 0
         self._free: OrderedDict[int, None] = OrderedDict()
         """Cached blocks nobody holds, least recently used first."""
-        self._tier: OrderedDict[int, None] = OrderedDict()
+        self.tier: OrderedDict[int, None] = OrderedDict()
         self._tier_blocks = offload // BLOCK_TOKENS
 
     @property
@@ -39,11 +39,11 @@ class KVCache:
 
     @property
     def offloaded(self) -> int:
-        return len(self._tier) * BLOCK_TOKENS
+        return len(self.tier) * BLOCK_TOKENS
 
     def matched(self, blocks: Sequence[int]) -> int:
         """Leading blocks found in either tier."""
-        refs, tier = self.refs, self._tier
+        refs, tier = self.refs, self.tier
         count = 0
         for block in blocks:
             if block not in refs and block not in tier:
@@ -71,7 +71,7 @@ class KVCache:
                     del free[block]
                 refs[block] += 1
             else:  # from the second tier
-                self._tier.move_to_end(block)
+                self.tier.move_to_end(block)
                 refs[block] = 1
         self.used += need
         job.held = matched
@@ -120,14 +120,14 @@ class KVCache:
             excess -= BLOCK_TOKENS
             self.evicted_blocks += 1
             if self._tier_blocks:
-                self._tier[block] = None
-                self._tier.move_to_end(block)
-                if len(self._tier) > self._tier_blocks:
-                    self._tier.popitem(last=False)
+                self.tier[block] = None
+                self.tier.move_to_end(block)
+                if len(self.tier) > self._tier_blocks:
+                    self.tier.popitem(last=False)
 
     def clear(self) -> None:
         """The process restarted; CPU memory goes with it."""
         self.used = 0
         self.refs.clear()
         self._free.clear()
-        self._tier.clear()
+        self.tier.clear()

@@ -19,7 +19,11 @@ from pathlib import Path
 from bench import BenchError
 from bench.replay import scenarios, trace
 from bench.replay.baselines import BASELINES
+from bench.replay.flow_product import MARK, FlowProduct
+from bench.replay.flow_scenarios import FLOW_SCENARIOS
+from bench.replay.flow_stats import flow_figures
 from bench.replay.job import BLOCK_TOKENS
+from bench.replay.kv_events import DELAY_S, PreciseProduct
 from bench.replay.policy import RoutingPolicy
 from bench.replay.product import ProductPolicy, quiet
 from bench.replay.profiles import profile_of
@@ -29,6 +33,8 @@ from bench.replay.workload import Arrival, Workload
 from epp.errors import ConfigError
 
 CONFIGS = Path(__file__).parent / "configs"
+PRECISE = "precise-prefix-cache-producer"
+"""A configuration that names it hears of the engines' blocks."""
 Row = dict[str, object]
 
 
@@ -48,6 +54,9 @@ class Settings:
     offload_tokens: int = 0
     warmup_s: float = 0.0
     usage: bool = False
+    event_delay_s: float = DELAY_S
+    kv_tokens: int = 0
+    """Of each replica's KV cache; 0: the profile's."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,8 @@ def _arrivals(path: str, limit: int, block_tokens: int) -> Sequence[Arrival]:
 
 def workload_of(settings: Settings, name: str, seed: int) -> Workload:
     if name != "trace":
-        return scenarios.SCENARIOS[name](scenarios.Setting(settings.replicas, profile_of(settings.profile), seed))
+        make = scenarios.SCENARIOS.get(name) or FLOW_SCENARIOS[name]
+        return make(scenarios.Setting(settings.replicas, profile_of(settings.profile), seed))
     arrivals = _arrivals(settings.trace, settings.limit, settings.block_tokens)
     return trace.workload("trace", arrivals, jitter=settings.jitter, seed=seed)
 
@@ -87,6 +97,8 @@ def workload_of(settings: Settings, name: str, seed: int) -> Workload:
 def play(settings: Settings, cell: Cell) -> Result:
     """Raises ConfigError for a configuration that is not one."""
     profile = profile_of(settings.profile)
+    if settings.kv_tokens:
+        profile = replace(profile, kv_tokens=settings.kv_tokens)
     workload = workload_of(settings, cell.workload, cell.seed).faster(cell.rate)
     if settings.speeds:
         workload = replace(workload, speeds=tuple(settings.speeds))
@@ -97,7 +109,14 @@ def play(settings: Settings, cell: Cell) -> Result:
     policy: RoutingPolicy
     if cell.config:
         slots = workload.adapters.slots if workload.adapters else 0
-        policy = ProductPolicy(cell.config, cell.policy, profile, rng, adapters_max=slots, usage=settings.usage)
+        if PRECISE in cell.config:
+            policy = PreciseProduct(
+                cell.config, cell.policy, profile, rng, engines, delay_s=settings.event_delay_s, adapters_max=slots, usage=settings.usage
+            )
+        elif MARK in cell.config:
+            policy = FlowProduct(cell.config, cell.policy, profile, rng, adapters_max=slots, usage=settings.usage)
+        else:
+            policy = ProductPolicy(cell.config, cell.policy, profile, rng, adapters_max=slots, usage=settings.usage)
     else:
         policy = baseline = BASELINES[cell.policy]()
         baseline.bind(profile, engines, rng)
@@ -109,7 +128,8 @@ def play(settings: Settings, cell: Cell) -> Result:
 def row_of(settings: Settings, cell: Cell) -> Row:
     result = play(settings, cell)
     named: Row = {"workload": cell.workload, "policy": cell.policy, "rate": cell.rate, "seed": cell.seed}
-    return named | figures(result, settings.objective, settings.warmup_s)
+    more = flow_figures(result) if cell.workload in FLOW_SCENARIOS else {}
+    return named | figures(result, settings.objective, settings.warmup_s) | more
 
 
 def run_all(settings: Settings, cells: Sequence[Cell], jobs: int, progress: Callable[[str], None]) -> list[Row]:

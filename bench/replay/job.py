@@ -13,7 +13,7 @@ class Job:
 
     __slots__ = (
         "adapter", "arrival_s", "blocks", "cached_tokens", "computed", "decoded_from", "error", "finished_s", "first_token_s", "generated", "held",
-        "index", "load_tokens", "offered", "output_tokens", "promised_pairs", "promised_tokens", "prompt_tokens", "replica",
+        "index", "load_tokens", "offered", "output_tokens", "priority", "promised_pairs", "promised_tokens", "prompt_tokens", "replica", "tenant",
     )  # fmt: skip
 
     def __init__(
@@ -28,6 +28,8 @@ class Job:
         self.blocks = blocks[: prompt_tokens // BLOCK_TOKENS]
         """Ids of its full blocks: what can be cached."""
         self.adapter = adapter
+        self.tenant = ""
+        self.priority = 0
         self.replica = -1
         self.first_token_s = -1.0
         self.finished_s = -1.0

@@ -57,13 +57,14 @@ class ProductPolicy:
         self._policy = Policy(self._datastore, Registry(), self._clock, rng, allow_experimental=True)
         self._policy.apply(config, source)
         self._outliers = Outliers(self._datastore, self._clock)
+        self._resources = Resources(rng)
         self._director = Director(
             self._datastore,
             self._policy.built.scheduler,
             self._policy.routes,
             Metrics(clock=self._clock),
             self._clock,
-            resources=Resources(rng),
+            resources=self._resources,
             outliers=self._outliers,
         )
         self._endpoints: dict[int, Endpoint] = {}
@@ -114,21 +115,28 @@ class ProductPolicy:
 
     def route(self, job: Job, now_s: float) -> int:
         self._at(now_s)
+        self._tick()
+        try:
+            exchange = self._director.route(self.request_of(job), None, None, self._clock.now_s())
+        except EppError as error:
+            raise RejectedError from error
+        self._exchanges[job] = exchange
+        return self._replica_of[exchange.decision.endpoint.spec.address]
+
+    def _tick(self) -> None:
         if self._clock.now_s() - self._ticked_s >= TICK_S:
             self._ticked_s = self._clock.now_s()
             self._policy.tick()
             self._outliers.tick()
+
+    def request_of(self, job: Job) -> LLMRequest:
+        """As it is once it is understood."""
         request = LLMRequest(id=str(job.index), path=PATH, headers=self._headers)
         request.model = request.target_model = job.adapter or MODEL
         request.stream = True
         request.prompt = prompt_of(job)
         request.prompt_tokens = job.prompt_tokens
-        try:
-            exchange = self._director.route(request, None, None, self._clock.now_s())
-        except EppError as error:
-            raise RejectedError from error
-        self._exchanges[job] = exchange
-        return self._replica_of[exchange.decision.endpoint.spec.address]
+        return request
 
     def first_token(self, job: Job, now_s: float) -> None:
         self._at(now_s)

@@ -1,28 +1,28 @@
 """Plays a workload against a pool of engines, with a policy in between, in virtual time.
 
-One pass over what happens, in order of time: ends of engine steps, scrapes, incidents, arrivals. At the same instant they go in that
-order. Nothing sleeps, nothing is random here.
+One pass over what happens, in order of time: ends of engine steps, scrapes, incidents, arrivals, a policy's own timers. At the same instant
+they go in that order. Nothing sleeps, nothing is random here.
 
 Scrapes: replica r is asked every `interval_s`, from a phase of its own, and the reading is known `delay_s` later. Only readings that a
 decision will see are taken: the newest before each arrival; what a policy knows when it decides is the same as if all were. (Where
-replicas fail or arrivals depend on answers all of them are taken.)
+replicas fail, arrivals depend on answers, or a policy has requests wait, all of them are taken.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
 
 from bench.replay.engine import NEVER, Engine
 from bench.replay.job import Job
-from bench.replay.policy import RejectedError, RoutingPolicy
+from bench.replay.policy import WAITS, Patient, RejectedError, RoutingPolicy, Timer
 from bench.replay.profiles import Profile
 from bench.replay.workload import Arrival, Incident, Workload
 
-READ, ASK, INCIDENT, ARRIVE = range(4)
+READ, ASK, INCIDENT, ARRIVE, CALL = range(5)
 MOMENT_S = 1e-9
 """An answer is known so much before the next scrape may go out."""
 DRAIN_S = 7_200.0
@@ -77,12 +77,30 @@ class Simulation:
         self._later: list[tuple[float, int, int, object]] = []
         """Heap of what was not known from the start: (time, kind, order, what)."""
         self._coming = 0
-        """Turns among `_later`."""
+        """Turns among `_later`, and requests that wait."""
         self._order = count()
         self._now_s = 0.0
         self._events = 0
         self._requests = 0.0
         self._deviation = 0.0
+        if isinstance(policy, Patient):
+            policy.play_on(self)
+
+    def call_at(self, when_s: float, call: Callable[[float], None]) -> Timer:
+        """Call it at that time, or now if that is past; never from within."""
+        timer = Timer(call)
+        heappush(self._later, (when_s, CALL, next(self._order), timer))
+        return timer
+
+    def placed(self, job: Job, replica: int, now_s: float) -> None:
+        """A request that waited goes there."""
+        self._coming -= 1
+        self._place(job, replica, now_s)
+
+    def refused(self, job: Job, now_s: float) -> None:
+        """A request that waited goes nowhere."""
+        self._coming -= 1
+        self._fails(job, "rejected", now_s)
 
     def run(self) -> Result:
         for replica in sorted(self._members):
@@ -122,7 +140,9 @@ class Simulation:
         events.sort(key=lambda event: event[:3])
         if not self._policy.scrapes:
             return events
-        dense = bool(self._workload.incidents) or any(arrival.turns for arrival in self._workload.arrivals)
+        dense = (
+            bool(self._workload.incidents) or any(arrival.turns for arrival in self._workload.arrivals) or isinstance(self._policy, Patient)
+        )
         if dense:
             return self._with_all_scrapes(events)
         events += self._seen_scrapes()
@@ -175,7 +195,8 @@ class Simulation:
                 policy.finished(job, now_s)
                 if job in self._turns:
                     self._next_turn(job, now_s)
-                    until_s = min(until_s, self._later[0][0])
+            if self._later:
+                until_s = min(until_s, self._later[0][0])
 
     def _happens(self, at_s: float, kind: int, what: object) -> None:
         self._events += 1
@@ -193,6 +214,9 @@ class Simulation:
                 heappush(self._later, (at_s + self._scrapes.delay_s - MOMENT_S, READ, next(self._order), (what, gauges, asked)))
             else:
                 self._policy.read(what, gauges, asked, at_s)
+        elif kind == CALL:
+            assert isinstance(what, Timer)
+            what.fire(at_s)
         elif kind == READ:
             assert isinstance(what, tuple)
             replica, gauges, asked = what
@@ -205,14 +229,22 @@ class Simulation:
     def _arrives(self, arrival: Arrival, now_s: float) -> None:
         self._look()
         job = Job(len(self._jobs), now_s, arrival.prompt_tokens, arrival.output_tokens, arrival.blocks, adapter=arrival.adapter)
+        job.tenant, job.priority = arrival.tenant, arrival.priority
         self._jobs.append(job)
         if arrival.turns:
             self._turns[job] = arrival.turns
         try:
-            job.replica = replica = self._policy.route(job, now_s)
+            replica = self._policy.route(job, now_s)
         except RejectedError:
             self._fails(job, "rejected", now_s)
             return
+        if replica == WAITS:
+            self._coming += 1
+        else:
+            self._place(job, replica, now_s)
+
+    def _place(self, job: Job, replica: int, now_s: float) -> None:
+        job.replica = replica
         engine = self._engines[replica]
         if not engine.up:
             self._fails(job, "refused", now_s)

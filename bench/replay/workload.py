@@ -19,6 +19,10 @@ class Arrival(NamedTuple):
     adapter: str = ""
     turns: tuple[Arrival, ...] = ()
     """Sent one after the other once this one is answered (agents): each one's `at_s` is its pause after the answer before."""
+    tenant: str = ""
+    """Its fairness id."""
+    priority: int = 0
+    """Of its objective."""
 
 
 class Incident(NamedTuple):
