@@ -28,7 +28,7 @@ class BackendSettings:
     """`redis://`, `valkey://` or, with TLS, `rediss://`, `valkeys://`, then `user:password@host:port/database`; a bare `host:port` too."""
     timeout_s: float = 2.0
     """Of connecting, and of each answer."""
-    linger_s: float = 0.005
+    linger_s: float = 0.02
     """How long the first frame waits for others to go with it."""
     kept_s: float = 900.0
     """Frames of an engine that no picker hears any more."""
@@ -60,7 +60,8 @@ class BackendSettings:
     def shown(self) -> str:
         """For people: without a password."""
         parts = urlsplit(self.url)
-        return f"{parts.scheme}://{parts.hostname}:{parts.port or 6379}"
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        return f"{parts.scheme}://{host}:{parts.port or 6379}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,8 +3,8 @@
 An engine numbers its frames from 0 in every process, and several pickers write what they hear. So an entry's id is `<epoch>-<number + 1>`:
 the server refuses what is there already, and an epoch, which is the time of the first frame written (by the engine's clock) or one more than
 the epoch before, keeps processes apart. Everybody reads the newest epoch alone. A picker takes it for its own process's where both have a
-frame of the same content, or where its frames follow; only one that has just met a process may begin a new epoch, so one that lags behind
-can't displace the new process's frames with the old one's. `APPEND` and `READ` decide that on the server, at once with the writing.
+frame of the same content, or where its frames follow; only one that has just met a process may begin a new epoch, and over one it knows
+nothing of only if its frames are later, so one that lags behind can't displace the new process's frames with the old one's. `APPEND` and `READ` decide that on the server, at once with the writing.
 
 Not here: the connection (valkey), what is done with frames that are read (mend).
 Bounded: what waits to be written, by the `Budget` all publishers share; over it the oldest go, and are counted. What is in the server: so
@@ -67,7 +67,7 @@ if epoch > 0 and mine ~= epoch then
   if same then
     target = epoch
   elseif mine < epoch then
-    if not may_begin then return {0, 0} end
+    if not may_begin or (epoch > ended and begin <= epoch) then return {0, 0} end -- that is the newer process
     target = math.max(begin, epoch + 1, ended + 1)
   end
 elseif mine == 0 then

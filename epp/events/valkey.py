@@ -5,7 +5,8 @@ milliseconds later, many at a time, by one task; losing the server is a metric a
 engines publish is: keep it behind a password and TLS. Not here: whose frames are whose (shared), reading on (mend).
 
 Bounded: `shared.Budget` waits, a slice of `SLICE_BYTES` is on its way, a page of `PAGE_BYTES` comes at a time, each answer within
-`timeout_s`. Cost: 20 µs of CPU a frame alone, 3 µs among many; where several replicas hear an engine each of them sends every frame.
+`timeout_s`. Cost, in CPU: 0.1 ms a slice and in it 20 µs a publisher and 2-5 µs a frame; each replica that hears an engine sends every
+frame. Read back, a frame costs half as much again as one heard. In the server it takes 20 bytes more than it has.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Backend:
             pool = client.ConnectionPool.from_url(
                 settings.url,
                 protocol=2,
-                socket_timeout=settings.timeout_s,
+                socket_timeout=None,  # ours is around each question: the client's, on Python 3.11, may lose a cancellation
                 socket_connect_timeout=settings.timeout_s,
                 retry=Retry(NoBackoff(), 0),
                 max_connections=settings.reads_max + 2,
@@ -135,8 +136,9 @@ class Backend:
     async def connect(self) -> bool:
         """Whether it is there."""
         try:
-            self._append = await self._client.script_load(APPEND)
-            self._read = await self._client.script_load(READ)
+            async with asyncio.timeout(self._settings.timeout_s):
+                self._append = await self._client.script_load(APPEND)
+                self._read = await self._client.script_load(READ)
         except self._failures as error:
             self._lost("connect", error)
             return False
@@ -163,9 +165,14 @@ class Backend:
         failure: Exception | None = None
         answers: Sequence[Any] = ()
         try:
-            answers = await pipe.execute(raise_on_error=False)
+            async with asyncio.timeout(self._settings.timeout_s):
+                answers = await pipe.execute(raise_on_error=False)
         except self._failures as error:
             failure = error
+        except asyncio.CancelledError:
+            for shared, part in slices:
+                shared.refused(part)
+            raise
         failure = failure or next(filter(self._not_now, answers), None)
         if failure is not None:
             for shared, part in reversed(slices):
@@ -193,13 +200,16 @@ class Backend:
         return found
 
     def _answer(self, shared: Shared, part: Slice, answer: Any) -> None:
-        if isinstance(answer, Exception):
+        try:
+            if isinstance(answer, Exception):
+                raise answer
+            epoch, added = map(int, answer)
+        except (self._answered, TypeError, ValueError) as error:
             self.errors["write"] += 1
             self.budget.frames_dropped += len(part.frames)
             shared.refused(part)
-            self._say("the shared backend refuses KV-cache events", type(answer).__name__)
+            self._say("the shared backend refuses KV-cache events", type(error).__name__)
             return
-        epoch, added = int(answer[0]), int(answer[1])
         shared.written(part, epoch)
         if epoch:
             self.frames_written += added
@@ -227,7 +237,8 @@ class Backend:
             for key in keys[start : start + SLICE_FRAMES]:
                 pipe.pexpire(key, int(1_000 * self._settings.kept_s))
             try:
-                await pipe.execute()
+                async with asyncio.timeout(self._settings.timeout_s):
+                    await pipe.execute()
             except self._failures as error:
                 self._lost("touch", error)
                 return
@@ -248,8 +259,12 @@ class Backend:
                 self.errors["read"] += 1  # that key's alone: of another type
                 self._say("the shared backend refuses KV-cache events", type(error).__name__)
             return None
-        found = [(int(number) - 1, payload) for number, payload in zip(answer[2::2], answer[3::2], strict=True)]
-        return Page(int(answer[0]), int(answer[1]), found)
+        try:
+            found = [(int(number) - 1, bytes(payload)) for number, payload in zip(answer[2::2], answer[3::2], strict=True)]
+            return Page(int(answer[0]), int(answer[1]), found)
+        except (TypeError, ValueError, IndexError):  # whatever that server is
+            self.errors["read"] += 1
+            return None
 
     def _not_now(self, answer: Any) -> bool:
         """Whether it says that nothing works, not only this."""

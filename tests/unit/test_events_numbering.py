@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from array import array
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -89,6 +91,44 @@ def test_only_what_a_replay_brought_may_come_again() -> None:
     numbering.connected()
     numbering.replayed(7)
     assert numbering.judge(3, b"frame 3") is RESTARTED, "a replay that brought nothing covers nothing"
+
+
+def digests(*numbers: int) -> array[int]:
+    return array("Q", (xxhash.xxh3_64_intdigest(b"frame %d" % number) for number in numbers))
+
+
+def mended(first: int, last: int, *known: int) -> Numbering:
+    """By the shared backend, with the digests of the last ones."""
+    numbering = Numbering()
+    numbering.connected()
+    for number in range(first, last + 1):
+        numbering.passed(number, b"frame %d" % number)
+    numbering.mended(first, known[0], digests(*known))
+    return numbering
+
+
+def test_what_others_heard_may_come_again_if_it_is_the_same() -> None:
+    assert heard(mended(0, 9, *range(5, 10)), 5, 6, 9, 10) == [SEEN, SEEN, SEEN, NEXT]
+    assert mended(0, 9, *range(5, 10)).judge(6, b"other") is RESTARTED
+    assert mended(0, 9, *range(5, 10)).judge(9, b"other") is RESTARTED
+    assert mended(0, 9, *range(5, 10)).judge(2, b"frame 2") is RESTARTED, "published long before we came"
+
+
+def test_where_others_heard_nothing_either_there_is_nothing_to_compare() -> None:
+    numbering = mended(0, 3, *range(4))
+    numbering.passed(6, b"frame 6")
+    numbering.mended(0, 0, array("Q", [*digests(0, 1, 2, 3), 0, 0, *digests(6)]))
+    assert numbering.judge(4, b"whatever") is SEEN
+    assert numbering.judge(3, b"whatever") is RESTARTED
+
+
+def test_what_a_replay_brings_beside_is_the_engines_own() -> None:
+    numbering = mended(3, 9, *range(3, 10))
+    for number in (10, 11):
+        numbering.passed(number, b"frame %d" % number)
+    numbering.replayed(9)
+    assert heard(numbering, 4, 9, 10, 11, 12) == [SEEN, SEEN, SEEN, SEEN, NEXT]
+    assert numbering.judge(3, b"frame 3") is RESTARTED, "it went back"
 
 
 @given(st.lists(st.integers(0, 30), max_size=60))
