@@ -128,6 +128,8 @@ def _type_name(of: Any) -> str:
         limits = [f"{word} {value:g}" for note in notes for name, word in _LIMITS if (value := getattr(note, name, None)) is not None]
         return ", ".join([_type_name(inner), *limits])
     origin, inner_types = get_origin(of), get_args(of)
+    if origin is dict:
+        return "dict[" + ", ".join(map(_type_name, inner_types)) + "]"
     if origin is Literal:
         return " | ".join(str(value) or '""' for value in inner_types)
     if origin in (Union, UnionType):

@@ -1,7 +1,7 @@
 """Flow control put to work: made of a configuration, told of what it can't see, in the director's way.
 
 Three modes (`featureGates`): `flowControl=true`, as the `flowControl` block says; `flowControl=false`, none; not written, the safe form:
-queues of the default limits, and a pool counts as full only by what we ourselves sent and how fast it turned out to be
+queues of fixed limits, turns for all who are told apart, and a pool counts as full only by what we ourselves sent and how fast it turned out to be
 (`predicted-wait-detector`), so that no engine whose metrics are late, odd or missing holds anybody up.
 
 Not here: the rules (admission). What mode it is changes with a restart, everything else with the configuration.
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from epp.admission.control import FlowControl
 from epp.admission.families import flow_families
-from epp.admission.settings import Settings, settings_of
+from epp.admission.settings import BandSettings, Settings, settings_of, tenancy_of
 from epp.arrival import Arrival, Stage, Wait
 from epp.candidates import Candidates
 from epp.clock import Clock
@@ -26,6 +26,7 @@ from epp.errors import EppError
 from epp.observe.families import Family
 from epp.plugins.base import Context, Detector
 from epp.plugins.detectors.predicted_wait import PredictedWaitDetector
+from epp.plugins.flow_control.policies import RoundRobinFairnessPolicy
 from epp.policy import Policy
 from epp.scheduling.build import Built
 
@@ -118,7 +119,8 @@ class Queueing:
     def _of(self, built: Built) -> tuple[Settings, Detector]:
         if self._safe is not None:
             self._safe.bind(Context(self._clock, self._rng, built.plugins))
-            return Settings(requests_max=SAFE_REQUESTS_MAX, ttl_s=SAFE_TTL_S), self._safe
+            band = BandSettings(requests_max=SAFE_REQUESTS_MAX, fairness=RoundRobinFairnessPolicy())
+            return Settings(requests_max=SAFE_REQUESTS_MAX, ttl_s=SAFE_TTL_S, default_band=band, **tenancy_of(built.plugins)), self._safe
         assert built.scheduler.detector is not None
         return settings_of(built.config.flow_control, built.plugins), built.scheduler.detector
 

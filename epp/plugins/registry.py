@@ -101,6 +101,8 @@ BUILT_IN: Mapping[str, str] = {
     "concurrency-detector": "epp.plugins.detectors.concurrency:ConcurrencyDetector",
     "predicted-wait-detector": "epp.plugins.detectors.predicted_wait:PredictedWaitDetector",
     # flow control
+    "api-key-identity": "epp.plugins.flow_control.tenants:ApiKeyIdentity",
+    "token-rate-limit": "epp.plugins.flow_control.tenants:TokenRateLimit",
     "global-strict-fairness-policy": "epp.plugins.flow_control.policies:GlobalStrictFairnessPolicy",
     "round-robin-fairness-policy": "epp.plugins.flow_control.policies:RoundRobinFairnessPolicy",
     "program-aware-fairness": "epp.plugins.flow_control.policies:ProgramAwareFairness",

@@ -17,6 +17,7 @@ from tests.builders import llm_request, pool_of
 NOW_S = 1000.0
 
 REQUIRED: Mapping[str, Mapping[str, Any]] = {
+    "token-rate-limit": {"tokens": 1000},
     "by-label": {"label": "tier", "validValues": ["gold"]},
     "endpoint-attribute-filter": {
         "attribute": "GPUUtilization",

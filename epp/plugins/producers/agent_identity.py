@@ -28,6 +28,11 @@ class AgentIdentity(Plugin):
         own = [header.strip().lower() for header in self.additional_session_headers]
         self.__dict__["_headers"] = tuple(dict.fromkeys(header for header in (*own, *SESSION_HEADERS) if header))
 
+    def identify(self, request: LLMRequest) -> str:
+        """For flow control, before the request waits."""
+        headers = request.headers
+        return next((headers[name][:IDENTITY_CHARS_MAX] for name in self.__dict__["_headers"] if headers.get(name)), "")
+
     def produce(self, request: LLMRequest, candidates: Snapshot) -> None:  # noqa: ARG002 - the protocol's
         headers = request.headers
         for header in self.__dict__["_headers"]:
