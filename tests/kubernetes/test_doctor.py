@@ -410,12 +410,12 @@ async def test_engines_in_the_cluster_are_asked_and_their_blocks_compared(tmp_pa
         async with good() as api:
             api.delete("pods", NAMESPACE, "engine-1")
             api.update(pool(ports=(port,)))
-            configured("{type: precise-prefix-cache-producer, parameters: {tokenProcessorConfig: {blockSizeTokens: 17}}}")(api)
+            configured("{type: approx-prefix-cache-producer, parameters: {blockSizeTokens: 71}}")(api)
             results = await examined(api, tmp_path, "--only", "pool-metrics,picker-block-size")
     finally:
         await runner.cleanup()
-    assert [(check, finding.status) for check, finding in results] == [("pool-metrics", Status.OK), ("picker-block-size", Status.FAIL)]
-    assert "blocks of 17 tokens" in results[1].finding.text
+    assert [(check, finding.status) for check, finding in results] == [("pool-metrics", Status.OK), ("picker-block-size", Status.WARN)]
+    assert "blocks of 71 tokens" in results[1].finding.text
 
 
 async def test_several_pools_and_thousands_of_pods(tmp_path: Path) -> None:
