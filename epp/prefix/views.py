@@ -133,6 +133,8 @@ class Leaving:
     def __init__(self, view: View) -> None:
         self.column = view.column
         self.names = view.names
+        for names in self.names.values():
+            names.copies = {}  # nobody counts them any more
         self.speculative = view.speculative
 
     def __len__(self) -> int:

@@ -106,8 +106,8 @@ class IndexMachine(RuleBasedStateMachine):
         for event in engine.sent:
             for piece in event.pieces(pieces) if isinstance(event, BlockStored) else (event,):
                 self.index.apply(at[0], piece, at[1])
-            if isinstance(event, AllBlocksCleared) and event is engine.sent[-1]:
-                self.true.add(at)  # whatever went wrong before
+            if isinstance(event, AllBlocksCleared) and event is engine.sent[-1] and not +engine.copies:
+                self.true.add(at)  # whatever went wrong before; swapped with a store, it is not the last thing the engine did
         engine.sent.clear()
 
     @precondition(lambda self: any(engine.sent for engine in getattr(self, "engines", {}).values()))
