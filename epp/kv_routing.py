@@ -137,10 +137,11 @@ class KvRouting:
         staying = {id(producer) for producer in self._wanted}
         self._refused &= staying
         for key in [key for key in self._served if key not in staying]:
-            task = self._served.pop(key).task
-            if task is not None:
-                task.cancel()
-                await asyncio.wait((task,))
+            served = self._served.pop(key)
+            if served.task is not None:
+                served.task.cancel()
+                await asyncio.wait((served.task,))
+            await served.hub.stop()  # a task that was cancelled before its first step gave nothing back
         for producer in self._wanted:
             if id(producer) in self._served or id(producer) in self._refused:
                 continue

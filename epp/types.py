@@ -283,6 +283,8 @@ TOKEN_BYTES = 4
 
 TOKEN_IDS = "tokens"  # noqa: S105 - no secret, a name
 """Of a request's attributes: the prompt's token ids where they are known, uint32 little-endian."""
+TOKEN_MEDIA = "tokens-media"  # noqa: S105 - a name too
+"""And which of them stand for a picture, a video or a sound."""
 
 
 class Usage(NamedTuple):

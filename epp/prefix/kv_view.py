@@ -22,12 +22,10 @@ from epp.prefix.columns import walk
 from epp.prefix.kv_events import BlockStored, Event
 from epp.prefix.precise import TIER_WEIGHTS, UNNAMED_LOST_BLOCKS, Cached, PreciseIndex, hashes_of, seed
 from epp.prefix.token_check import TokenCheck
-from epp.types import TOKEN_BYTES, TOKEN_IDS, Decision, Endpoint, LLMRequest, PrefixMatch, Snapshot, Usage
+from epp.types import TOKEN_BYTES, TOKEN_IDS, TOKEN_MEDIA, Decision, Endpoint, LLMRequest, PrefixMatch, Snapshot, Usage
 
 _log = logging.getLogger("epp.prefix")
 
-MEDIA = "tokens-media"
-"""Of a request's attributes: which of its token ids stand for a picture (as epp.tokenize puts it there)."""
 TOKENS_MAX = 262_144
 """Of a prompt, no more are hashed: 2 ms."""
 LORAS_MAX = 1_024
@@ -232,7 +230,7 @@ class KvView:
         """Tokens a block -> hashes of the prompt's whole blocks."""
         lora = request.target_model if request.target_model in self.precise.loras else ""
         salt, part = request.cache_salt, memoryview(tokens)[: TOKENS_MAX * TOKEN_BYTES]
-        media = request.attributes.get(MEDIA, ())
+        media = request.attributes.get(TOKEN_MEDIA, ())
         return {size: hashes_of(part, size, seed(lora, salt, size), _extras(media, size)) for size in self.precise.block_sizes}
 
     def _look_up(self, match: PreciseMatch, blocks: Mapping[int, list[int]], trusted: int, tokens: int) -> None:
@@ -264,7 +262,7 @@ class KvView:
 
 def tokens_of(request: LLMRequest) -> bytes:
     """The prompt's token ids; none where they are not known, or do not tell all (pictures)."""
-    if request.media and not request.attributes.get(MEDIA):
+    if request.media and not request.attributes.get(TOKEN_MEDIA):
         return b""
     tokens: bytes = request.attributes.get(TOKEN_IDS, b"")
     return tokens

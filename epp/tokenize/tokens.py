@@ -6,10 +6,7 @@ from array import array
 from typing import NamedTuple
 
 from epp.parsing.media import mark
-from epp.types import LLMRequest
-
-ATTRIBUTE = "tokens"
-MEDIA_ATTRIBUTE = "tokens-media"
+from epp.types import TOKEN_IDS, TOKEN_MEDIA, LLMRequest
 
 
 class Span(NamedTuple):
@@ -30,11 +27,11 @@ class Tokens(NamedTuple):
 
 def put(request: LLMRequest, tokens: Tokens) -> None:
     """The estimate gives way: what is counted and what is hashed is of the same tokens from now on."""
-    request.attributes[ATTRIBUTE] = tokens.ids
+    request.attributes[TOKEN_IDS] = tokens.ids
     request.prompt_tokens = len(tokens.ids) // 4
     request.prompt = tokens.ids
     if tokens.media:
-        request.attributes[MEDIA_ATTRIBUTE] = tokens.media
+        request.attributes[TOKEN_MEDIA] = tokens.media
         marked = array("I", tokens.ids)
         mark(marked, tokens.media)  # every picture is the same ids to the engine: what is hashed must differ
         request.prompt = marked.tobytes()

@@ -18,9 +18,9 @@ from epp.plugins.producers.precise_prefix_cache import BUDGET_BYTES_MIN, Precise
 from epp.plugins.scorers.precise_prefix_cache import PrecisePrefixCacheScorer
 from epp.prefix import token_check
 from epp.prefix.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
-from epp.prefix.kv_view import MEDIA, TOKENS_MAX, PreciseMatch
+from epp.prefix.kv_view import TOKENS_MAX, PreciseMatch
 from epp.prefix.precise import BLOCK_BYTES, ENTRY_BYTES
-from epp.types import TOKEN_IDS, Decision, Endpoint, LLMRequest, Snapshot, Usage
+from epp.types import TOKEN_IDS, TOKEN_MEDIA, Decision, Endpoint, LLMRequest, Snapshot, Usage
 from tests.builders import core, llm_request, pool_of, spec
 
 NAME = PrecisePrefixCacheProducer.type
@@ -148,7 +148,7 @@ def test_pictures_are_told_apart_by_the_engines_names_for_them() -> None:
 
     def seen(*pictures: Picture) -> dict[int, int]:
         request = prompted(tokens, media=len(pictures))
-        request.attributes[MEDIA] = pictures
+        request.attributes[TOKEN_MEDIA] = pictures
         return world.matched(request)
 
     assert seen(Picture(20, 20, b"cat"), Picture(40, 24, b"dog")) == {0: 96}

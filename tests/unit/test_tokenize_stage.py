@@ -22,8 +22,9 @@ from epp.plugins.base import Plugin
 from epp.plugins.producers.token import TokenProducer
 from epp.tokenize.backend import FAILED, FULL, TIMEOUT, TOO_LONG, UNKNOWN_MODEL, UNSUPPORTED
 from epp.tokenize.stage import CANCELLED, EXACT, TokenStage
-from epp.tokenize.tokens import MEDIA_ATTRIBUTE, Span, Tokens, put
+from epp.tokenize.tokens import Span, Tokens, put
 from epp.tokenize.workers import Workers
+from epp.types import TOKEN_MEDIA
 from tests.builders import Core, Stream, chat, core, echoed, kinds, llm_request, request_body, request_headers
 
 DATA = Path(__file__).parent.parent / "data" / "tokenize"
@@ -371,7 +372,7 @@ def test_pictures_are_the_same_ids_to_an_engine_and_are_told_apart_in_what_is_ha
     assert [request.attributes["tokens"] for request in requests] == [ids] * 3
     assert requests[0].prompt == requests[2].prompt != requests[1].prompt
     assert requests[0].prompt_tokens == 5
-    assert requests[0].attributes[MEDIA_ATTRIBUTE] == (Span(1, 3, b"one"),)
+    assert requests[0].attributes[TOKEN_MEDIA] == (Span(1, 3, b"one"),)
 
 
 # Through the session

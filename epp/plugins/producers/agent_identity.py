@@ -34,12 +34,7 @@ class AgentIdentity(Plugin):
         return next((headers[name][:IDENTITY_CHARS_MAX] for name in self.__dict__["_headers"] if headers.get(name)), "")
 
     def produce(self, request: LLMRequest, candidates: Snapshot) -> None:  # noqa: ARG002 - the protocol's
-        headers = request.headers
-        for header in self.__dict__["_headers"]:
-            found = headers.get(header)
-            if found:
-                found = found[:IDENTITY_CHARS_MAX]
-                request.attributes["agent-identity"] = found
-                if not request.fairness_id:
-                    request.fairness_id = found
-                return
+        found = self.identify(request)
+        if found:
+            request.attributes["agent-identity"] = found
+            request.fairness_id = request.fairness_id or found
