@@ -311,7 +311,7 @@ class Picker:
     async def drain(self, hurry: asyncio.Event) -> None:
         """Say NOT_SERVING, let another replica lead, and go on serving for the drain time, or until told to hurry."""
         self.health.draining = True
-        self.queueing.close()
+        self.queueing.close(self.options.queued_at_shutdown)
         _log.info("draining", extra={"fields": {"seconds": self.options.drain_timeout_s}})
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.options.drain_timeout_s), asyncio.TaskGroup() as tasks:

@@ -100,6 +100,8 @@ class Director:
         """The last of the stages, where there is flow control."""
         self.sheds = True
         """Sheddable requests are refused while the pool is full; with flow control configured they queue like others."""
+        self.evicts = False
+        """Running requests may have to give way to queued ones."""
         self.use(scheduler, routes)
 
     def use(self, scheduler: Scheduler, routes: Routes) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from epp.clock import Clock
 from epp.datastore import Datastore, Ticket
+from epp.errors import EppError
 from epp.observe.series import RequestSeries
 from epp.outliers import HANG_S, Outliers
 from epp.parsing import orca
@@ -45,7 +46,7 @@ class Exchange:
 
     __slots__ = (
         "_clock", "_datastore", "_first_s", "_last_s", "_outliers", "_parser", "_response_bytes", "_scheduler", "_sent_s", "_series", "_started_s",
-        "_status", "_ticket", "_uncached_tokens", "_usage", "_usage_reader", "_work", "_work_tokens", "body", "decision", "request", "restorer", "traces",
+        "_status", "_ticket", "_uncached_tokens", "_usage", "_usage_reader", "_work", "_work_tokens", "body", "decision", "evict", "request", "restorer", "traces",
     )  # fmt: skip
 
     def __init__(
@@ -72,6 +73,8 @@ class Exchange:
         """Then: gives the response the client's name back."""
         self.traces: Sequence[ProfileTrace] = ()
         """How the decision came about, where somebody wants to know."""
+        self.evict: Callable[[EppError], bool] | None = None
+        """Where running requests may have to give way: has the client answered with that soon, if its stream is still there."""
         self._parser = parser
         self._scheduler = scheduler
         self._series = series
@@ -162,10 +165,11 @@ class Exchange:
         if self._usage_reader is not None:
             self._usage_reader.feed(body)
 
-    def finish(self, *, complete: bool, seen: bool = True) -> None:
+    def finish(self, *, complete: bool, seen: bool = True, evicted: EppError | None = None) -> None:
         """The response ended, or (`complete=False`) the stream did before it. Only the first call counts.
 
         `seen` False: the gateway does not show us the end; when it was, and what of the response was before it, is not known.
+        `evicted`: we ended it.
         """
         ticket = self._ticket
         if ticket is None:
@@ -176,7 +180,9 @@ class Exchange:
             self._work_done()
         series = self._series
         series.running -= 1
-        if not complete:
+        if evicted is not None:
+            series.errors[evicted.code_name] += 1
+        elif not complete:
             series.errors["ClientDisconnected"] += 1
             if not self._status and self._clock.now_s() - self._sent_s >= HANG_S:
                 self._outliers.failed(ticket.endpoint, "no answer")

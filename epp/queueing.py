@@ -13,9 +13,11 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
 
 from epp.admission.control import FlowControl
 from epp.admission.families import flow_families
+from epp.admission.refusals import EvictedError
 from epp.admission.settings import BandSettings, Settings, settings_of, tenancy_of
 from epp.arrival import Arrival, Stage, Wait
 from epp.candidates import Candidates
@@ -23,6 +25,7 @@ from epp.clock import Clock
 from epp.datastore import Datastore
 from epp.director import Director
 from epp.errors import EppError
+from epp.exchange import Exchange
 from epp.observe.families import Family
 from epp.plugins.base import Context, Detector
 from epp.plugins.detectors.predicted_wait import PredictedWaitDetector
@@ -75,7 +78,7 @@ class Queueing:
             self._safe = PredictedWaitDetector(max_wait=SAFE_WAIT)
             datastore.subscribe(removed=self._safe.removed)
         settings, detector = self._of(policy.built)
-        self.flow = FlowControl(settings, candidates, clock, self._call_at, detector=detector, pool_name=datastore.name)
+        self.flow = FlowControl(settings, candidates, clock, self._call_at, detector=detector, pool_name=datastore.name, evict=self._evict)
         datastore.noticed = self.flow.changed
 
     @property
@@ -102,15 +105,16 @@ class Queueing:
             return
         flow.use(*self._of(built))
         flow.provision(priorities)
+        director.evicts = flow.evictor is not None
         scheduler = built.scheduler
         if flow.finished not in scheduler.finished:
             scheduler.first_token = (*scheduler.first_token, flow.first_token)
             scheduler.finished = (*scheduler.finished, *((self._safe.finished,) if self._safe is not None else ()), flow.finished)
 
-    def close(self) -> None:
-        """Who waits goes on waiting, nobody begins to."""
+    def close(self, policy: Literal["drain", "reject"]) -> None:
+        """Nobody begins to wait any more; who waits does so to the end (drain), or is refused now."""
         if self.flow is not None:
-            self.flow.close("drain")
+            self.flow.close(policy)
 
     def families(self) -> Iterator[Family]:
         if self.flow is not None:
@@ -123,6 +127,12 @@ class Queueing:
             return Settings(requests_max=SAFE_REQUESTS_MAX, ttl_s=SAFE_TTL_S, default_band=band, **tenancy_of(built.plugins)), self._safe
         assert built.scheduler.detector is not None
         return settings_of(built.config.flow_control, built.plugins), built.scheduler.detector
+
+    def _evict(self, exchange: Exchange) -> bool:
+        if exchange.evict is None or self.flow is None:
+            return False
+        now_s = self._clock.now_s()
+        return exchange.evict(EvictedError(self.flow.bands.of(exchange.request.priority, now_s).retry_after_s(now_s)))
 
     def _call_at(self, when_s: float, call: Callable[[], None]) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(max(0.0, when_s - self._clock.now_s()), call)

@@ -78,6 +78,7 @@ class ServeOptions:
     refresh_metrics_interval_s: float = 0.05
     metrics_staleness_threshold_s: float = 2.0
     drain_timeout_s: float = 30.0
+    queued_at_shutdown: Literal["drain", "reject"] = "drain"
     workers: int = 1
     verbosity: int = 2
     zap_encoder: Literal["json", "console"] | None = None
@@ -348,6 +349,13 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         metavar="DURATION",
         help="after SIGTERM, keep serving this long while health says NOT_SERVING (default: 30s)",
+    )
+    group.add_argument(
+        "--queued-at-shutdown",
+        choices=("drain", "reject"),
+        default="drain",
+        help="after SIGTERM, requests in flow control's queues: drain, they wait for their turn within the drain timeout; reject, they are "
+        "answered 503 at once (default: %(default)s)",
     )
     group.add_argument(
         "--workers", type=int, default=1, metavar="N", help="reserved: one process serves tens of thousands of requests a second"

@@ -130,7 +130,7 @@ class GrpcServer:
         session.notify = woken.set
         try:
             while True:
-                if session.waiting:
+                if session.unprompted:
                     if reading is None and not ended:
                         reading = asyncio.ensure_future(context.read())
                     if await _woken(woken, reading):

@@ -205,7 +205,7 @@ class H2Connection(asyncio.BufferedProtocol):
         self._say(stream, session.receive(event))
         if session.answered:
             self._end(stream, OK)
-        elif session.waiting and session.notify is None:
+        elif session.unprompted and session.notify is None:
             self._park(stream, session)
 
     def _call(self, stream: Call, message: bytes) -> None:
@@ -242,7 +242,7 @@ class H2Connection(asyncio.BufferedProtocol):
         self._say(stream, session.resumed())
         if session.answered or (stream.half_closed and not session.waiting):
             self._end(stream, OK)
-        if not session.waiting:
+        if not session.unprompted:
             session.notify = None
         self._flush()
 

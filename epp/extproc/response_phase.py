@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from epp.director import Director
+from epp.errors import EppError
 from epp.exchange import Exchange
 from epp.extproc.messages import (
     BodyMode,
@@ -36,16 +37,31 @@ HELD_BY_GATEWAY = (BodyMode.BUFFERED, BodyMode.BUFFERED_PARTIAL)
 class ResponsePhase:
     """The part of a session that a response is about."""
 
-    __slots__ = ("_declined", "_director", "_end_unseen", "_exchange", "_response_mode")
+    __slots__ = ("_declined", "_director", "_end_unseen", "_evicted", "_exchange", "_response_mode", "notify", "unprompted")
 
     def __init__(self, director: Director) -> None:
         self._director = director
+        self.notify: Callable[[], None] | None = None
+        """Set by the transport where the session is `unprompted`: called when `resumed` has something to say."""
+        self.unprompted = False
+        """It may have something to say that no message asks for."""
         self._response_mode: BodyMode | None = BodyMode.FULL_DUPLEX_STREAMED
         self._declined = False
         """The gateway was asked not to show us the response's body."""
         self._end_unseen = False
         """The gateway will not show us the response's end: the stream's is taken for it."""
         self._exchange: Exchange | None = None
+        self._evicted: EppError | None = None
+        """What the client is to be answered instead of the rest of the response."""
+
+    def evict(self, error: EppError) -> bool:
+        """End the running request soon: the gateway answers the client with `error`, or cuts a response it has begun with, and lets the
+        engine go. Whether that is possible."""
+        if self._exchange is None or self.notify is None:
+            return False
+        self._evicted = error
+        self.notify()
+        return True
 
     def _on_response_headers(self, event: ResponseHeaders) -> list[Reply]:
         exchange = self._exchange

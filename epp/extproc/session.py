@@ -74,7 +74,7 @@ class Session(ResponsePhase):
 
     __slots__ = (
         "_arrival", "_buffered_bytes", "_chunks", "_clock", "_ended", "_headers", "_last_s", "_late", "_limits",
-        "_passing", "_path", "_phase", "_pieces", "_pool", "_request_mode", "_started_s", "_trailers", "notify",
+        "_passing", "_path", "_phase", "_pieces", "_pool", "_request_mode", "_started_s", "_trailers",
     )  # fmt: skip
 
     def __init__(self, director: Director, limits: Limits, clock: Clock, pool: str = "") -> None:
@@ -97,8 +97,6 @@ class Session(ResponsePhase):
         self._buffered_bytes = 0
         self._ended = False
         """The peer sends no more, and waits for the answer."""
-        self.notify: Callable[[], None] | None = None
-        """Set by the transport while the session is `waiting`: called when `resumed` may be."""
         self._arrival: Arrival | None = None
         self._late: list[Event] = []
         """What came of a body that passes by while the request waits."""
@@ -115,7 +113,7 @@ class Session(ResponsePhase):
 
     @property
     def waiting(self) -> bool:
-        """The request waits: what it is answered comes from `resumed`, once `notify` was called."""
+        """The request waits: what it is answered comes from `resumed`."""
         return self._phase is Phase.WAITING
 
     def receive(self, event: Event) -> list[Reply]:
@@ -155,10 +153,14 @@ class Session(ResponsePhase):
         return [StreamedBody(b"", end_of_stream=True, response=False)]
 
     def resumed(self) -> list[Reply]:
-        """The wait is over, or the next one begins: what to send."""
+        """The wait is over, or the next one begins, or a running request gives way: what to send."""
         arrival = self._arrival
         if arrival is None:
-            return []
+            error, exchange = self._evicted, self._exchange
+            if error is None or exchange is None:
+                return []
+            exchange.finish(complete=False, evicted=error)
+            return self._answer(error)
         try:
             outcome = self._director.resume(arrival)
             if outcome is arrival:
@@ -196,6 +198,7 @@ class Session(ResponsePhase):
         self._leave()
         self._drop_body()
         self._phase = Phase.ANSWERED
+        self.notify = None
         if self._exchange is not None:
             self._exchange.finish(complete=self._end_unseen, seen=False)
             self._exchange = None
@@ -316,6 +319,7 @@ class Session(ResponsePhase):
         if type(arrived) is Arrival:
             self._arrival = arrived
             self._phase = Phase.WAITING
+            self.unprompted = True
             return []
         assert isinstance(arrived, Exchange)
         return self._routed(arrived)
@@ -329,6 +333,9 @@ class Session(ResponsePhase):
         assert self._headers is not None
         self._exchange = exchange
         self._phase = Phase.ROUTED
+        self.unprompted = self._director.evicts
+        if self.unprompted:
+            exchange.evict = self.evict
         headers, decision, mode, pieces = self._headers.headers, exchange.decision, self._request_mode, self._pieces
         body = self._chunks[0] if self._chunks else b""
         self._drop_body()

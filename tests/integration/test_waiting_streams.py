@@ -12,6 +12,8 @@ import pytest
 from epp._pb import epp_ext_proc_pb2 as pb
 from epp.arrival import Arrival
 from epp.errors import EppError, SaturatedError
+from epp.exchange import Exchange
+from epp.types import LLMRequest
 from tests.builders import Core, chat, core, echoed, kinds, request_body, request_headers, response_body, response_headers
 from tests.integration.test_transports import PROCESS, TRANSPORTS, channel_to, eventually, serving
 
@@ -161,3 +163,48 @@ async def test_who_waits_when_the_server_stops_is_told(transport: str) -> None:
         assert answer.immediate_response.status.code == 503
         await stopping
     assert gate.held[0].cancelled
+
+
+@pytest.mark.parametrize("half_closed", [False, True], ids=["open", "the gateway half-closes"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_running_request_that_gives_way_is_answered_without_being_asked(transport: str, half_closed: bool) -> None:
+    world, exchanges = core(2), []
+    world.director.evicts = True
+    world.director.stages = (Passing(),)
+    world.director.flow = Routed(exchanges)
+    async with serving(transport, world) as server, channel_to(server) as channel:
+        process = channel.stream_stream(PROCESS, pb.ProcessingRequest.SerializeToString, pb.ProcessingResponse.FromString)
+        call = process()
+        await send(call, request_headers(), request_body(chat(), end_of_stream=True))
+        assert kinds(await read(call, 2)) == ["request_headers", "request_body"]
+        await send(call, response_headers(), response_body(b"a"))
+        assert kinds(await read(call, 2)) == ["response_headers", "response_body"], "it goes on as any other until then"
+        assert exchanges[0].evict is not None
+        if half_closed:
+            await call.done_writing()
+            await eventually(lambda: world.inflight == (0, 0, 0, 0), "the end of the stream is the end of the request")
+            assert not exchanges[0].evict(SaturatedError("give way"))
+            assert await read(call, 1) == [grpc.aio.EOF]
+        else:
+            assert exchanges[0].evict(SaturatedError("give way"))
+            assert kinds(await read(call, 1)) == ["immediate_response"]
+        assert await call.code() == grpc.StatusCode.OK
+        await eventually(lambda: world.inflight == (0, 0, 0, 0), "all is given back")
+
+
+class Passing:
+    """A stage nobody waits for."""
+
+    def begin(self, _arrival: Arrival) -> None:
+        return None
+
+
+class Routed:
+    """Flow control, as far as it hears of exchanges."""
+
+    def __init__(self, exchanges: list[Exchange]) -> None:
+        self._exchanges = exchanges
+
+    def routed(self, _request: LLMRequest, exchange: Exchange | None) -> None:
+        assert exchange is not None
+        self._exchanges.append(exchange)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
 from epp.engines.models import ModelsView
-from epp.queueing import Queueing
-from epp.resources import Objective
 from tests.builders import (
     FULL_DUPLEX,
-    Core,
     Stream,
     chat,
     core,
@@ -27,7 +21,7 @@ from tests.builders import (
     response_headers,
     set_headers,
 )
-from tests.flow_world import Cancel, Timers
+from tests.spec.flow_wire import FAIRNESS, OBJECTIVE, REASON, TTL, Queued, queued, refused
 from tests.spec.wire import (
     AUDIO,
     BUFFERED,
@@ -40,95 +34,9 @@ from tests.spec.wire import (
     TWO,
     Modes,
     answer_of,
-    configuration,
-    request,
     respond,
     routed,
 )
-
-TTL, FAIRNESS, OBJECTIVE = "x-llm-d-request-ttl", "x-llm-d-inference-fairness-id", "x-llm-d-inference-objective"
-REASON = "x-llm-d-request-dropped-reason"
-ON = ["flowControl=true"]
-ONE_EACH = {"type": "concurrency-detector", "parameters": {"maxConcurrency": 1}}
-FAIR = {"type": "round-robin-fairness-policy"}
-
-
-class VirtualQueueing(Queueing):
-    """With timers of the test's."""
-
-    timers: Timers
-
-    def _call_at(self, when_s: float, call: Callable[[], None]) -> Cancel:  # type: ignore[override]
-        return self.timers.call_at(when_s, call)
-
-
-class Queued:
-    """A picker with flow control, and streams that wait in it."""
-
-    def __init__(self, world: Core, *, priorities: Mapping[str, int] | None = None) -> None:
-        self.world = world
-        named = priorities or {}
-        world.resources.apply([Objective(name, priority=priority) for name, priority in named.items()], [])
-        self.timers = VirtualQueueing.timers = Timers(world.clock)
-        self.queueing = VirtualQueueing(world.policy, world.datastore, world.director.candidates, world.clock, random.Random(1))
-        world.director.stages = self.queueing.stages
-        self.queueing.follow(world.director, named.values())
-        assert self.queueing.flow is not None
-        self.flow = self.queueing.flow
-
-    def ask(self, body: bytes | None = None, **more: Any) -> Stream:
-        """A request up to its routing, or its wait."""
-        stream = request(self.world, body, **more)
-        if stream.session.waiting:
-            self.wait(stream)
-        return stream
-
-    def wait(self, stream: Stream) -> None:
-        """Play its transport."""
-
-        def resume() -> None:
-            stream.resume()
-
-        def notify() -> None:
-            self.timers.call_at(self.world.clock.now_s(), resume)
-
-        stream.session.notify = notify
-
-    def run(self, after_s: float = 0.0) -> None:
-        """Time passes, and the event loop turns until nothing is due."""
-        self.world.clock.advance(after_s)
-        while self.timers.run():
-            pass
-
-    @property
-    def outcomes(self) -> dict[str, int]:
-        return {str(outcome): count for (outcome, _, _), count in self.flow.counts.outcomes.items() if count}
-
-
-def queued(endpoints: int = 1, *plugins: Mapping[str, Any], priorities: Mapping[str, int] | None = None, **block: Any) -> Queued:
-    """Each endpoint takes one request at a time."""
-    block.setdefault("saturationDetector", {"pluginRef": "concurrency-detector"})
-    text = configuration(ONE_EACH, FAIR, {"type": "queue-scorer"}, *plugins, profiles=PROFILES, featureGates=ON, flowControl=block)
-    return Queued(core(endpoints, config=text), priorities=priorities)
-
-
-PROFILES = [{"name": "default", "plugins": [{"pluginRef": "queue-scorer"}]}]
-
-
-def refused(stream: Stream, status: int, reason: str, code: str) -> int:
-    """In the client's words, with the reason and when to come back: that."""
-    answer = answer_of(stream)
-    assert stream.session.answered
-    error = json.loads(answer.body)["error"]
-    assert (answer.status.code, error["code"]) == (status, code)
-    assert error["type"] == ("rate_limit_error" if status == 429 else "service_unavailable_error")
-    headers = set_headers(stream.got[-1])
-    assert headers.keys() == {"content-type", REASON, "retry-after"}
-    assert headers[REASON] == reason.encode()
-    retry_after_s = int(headers["retry-after"])
-    assert retry_after_s >= 1
-    return retry_after_s
-
 
 # who waits
 
@@ -374,13 +282,24 @@ def test_a_key_is_a_tenant_and_goes_nowhere(caplog: pytest.LogCaptureFixture) ->
 def test_who_comes_while_the_picker_stops() -> None:
     world = queued()
     first, waits = world.ask(), world.ask()
-    world.queueing.close()
+    world.queueing.close("drain")
     refused_at_once = world.ask()
     answer = answer_of(refused_at_once)
     assert (answer.status.code, set_headers(refused_at_once.got[-1])[REASON]) == (503, b"rejected-shutting-down")
     first.close()
     world.run()
     assert routed(waits), "who waits is served"
+
+
+def test_who_waits_when_the_picker_stops_may_be_refused_at_once() -> None:
+    world = queued()
+    first, waits = world.ask(), world.ask()
+    world.queueing.close("reject")
+    world.run()
+    answer = answer_of(waits)
+    assert (answer.status.code, set_headers(waits.got[-1])[REASON]) == (503, b"rejected-shutting-down")
+    first.close()
+    assert world.world.inflight == IDLE
 
 
 # what comes first
