@@ -346,6 +346,7 @@ class Picker:
     def _tick(self) -> None:
         self.policy.tick()
         self.outliers.tick()
+        self.queueing.provision(self._priorities())
 
     def _leading(self, leading: bool) -> None:
         self.health.leading = leading

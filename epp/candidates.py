@@ -45,6 +45,18 @@ class Candidates:
         self._serving: dict[tuple[int, str], tuple[Snapshot, Snapshot]] = {}
         """(identity of candidates, model) -> the candidates, those of them that serve it."""
         self._serving_of: tuple[Snapshot, int] | None = None
+        self._epoch = 0
+        self._epoch_of: tuple[Snapshot | None, int] = (None, 0)
+
+    @property
+    def epoch(self) -> int:
+        """Another number once `of` may find others."""
+        ready, version = self._datastore.ready, self.models.version if self.models is not None else 0
+        of = self._epoch_of
+        if ready is not of[0] or version != of[1]:
+            self._epoch_of = ready, version
+            self._epoch += 1
+        return self._epoch
 
     def of(self, subset: Sequence[str] | None, pool: str, model: str) -> Snapshot:
         """Raises NoEndpointsError, ModelNotFoundError."""

@@ -48,14 +48,18 @@ class Reading(NamedTuple):
 class Ticket:
     """One request's place in its endpoint's in-flight accounting: released exactly once, however the stream ends."""
 
-    __slots__ = ("_to_the_end", "_tokens", "endpoint", "requests")
+    __slots__ = ("_to_the_end", "_tokens", "_untold", "endpoint", "requests")
 
-    def __init__(self, endpoint: Endpoint, tokens: int, *, to_the_end: bool = False) -> None:
-        """`to_the_end`: the tokens weigh on the endpoint until the request is over, for the expected output is among them."""
+    def __init__(self, endpoint: Endpoint, tokens: int, *, to_the_end: bool = False, told: bool = True) -> None:
+        """`to_the_end`: the tokens weigh on the endpoint until the request is over, for the expected output is among them.
+        `told`: the first token will be seen; else, as the answer comes whole, only its end."""
         self.endpoint = endpoint
         self.requests = 1
         self._to_the_end = to_the_end
         self._tokens = tokens
+        self._untold = 0 if told else tokens
+        if self._untold:
+            endpoint.untold_tokens += tokens
         endpoint.inflight_requests += 1
         endpoint.inflight_tokens += tokens
         endpoint.sent_requests += 1
@@ -68,6 +72,8 @@ class Ticket:
         if self._tokens and not self._to_the_end:
             self.endpoint.inflight_tokens -= self._tokens
             self._tokens = 0
+            self.endpoint.untold_tokens -= self._untold
+            self._untold = 0
             self.endpoint.changes.add(self.endpoint.slot)
 
     def move(self, endpoint: Endpoint) -> None:
@@ -77,8 +83,10 @@ class Ticket:
         left = self.endpoint
         left.inflight_requests -= 1
         left.inflight_tokens -= self._tokens
+        left.untold_tokens -= self._untold
         left.changes.add(left.slot)
         self.endpoint = endpoint
+        endpoint.untold_tokens += self._untold
         endpoint.inflight_requests += 1
         endpoint.inflight_tokens += self._tokens
         endpoint.changes.add(endpoint.slot)
@@ -143,14 +151,22 @@ class Datastore:
             self._refresh()
         return self._ready_in
 
-    def subscribe(self, *, added: Callable[[Endpoint], None] | None = None, removed: Callable[[Endpoint], None] | None = None) -> None:
-        """Be told of endpoints that come (those already here are told at once) and go."""
+    def subscribe(
+        self, *, added: Callable[[Endpoint], None] | None = None, removed: Callable[[Endpoint], None] | None = None
+    ) -> Callable[[], None]:
+        """Be told of endpoints that come (those already here are told at once) and go, until what is returned is called."""
         if added:
-            self._added.append(added)
+            self._added = [*self._added, added]
             for endpoint in list(self.endpoints.values()):
                 added(endpoint)
         if removed:
-            self._removed.append(removed)
+            self._removed = [*self._removed, removed]
+
+        def unsubscribe() -> None:
+            self._added = [each for each in self._added if each is not added]
+            self._removed = [each for each in self._removed if each is not removed]
+
+        return unsubscribe
 
     def apply(self, specs: Iterable[EndpointSpec]) -> None:
         """Make the pool exactly `specs`. An endpoint that stays keeps its load; a relabelled one keeps its load and slot too.
@@ -221,6 +237,7 @@ class Datastore:
         if endpoint.trusted != trusted:
             endpoint.trusted = trusted
             self.changes.add(endpoint.slot)
+        self.noticed()
 
     def record_answer(self, endpoint: Endpoint) -> None:
         """It answers, but with nothing its load could be read from: our own count is all there is."""
@@ -229,6 +246,7 @@ class Datastore:
             endpoint.trusted = 0.0
             self.changes.add(endpoint.slot)
         self.set_healthy(endpoint, healthy=True)
+        self.noticed()
 
     def record_push(self, endpoint: Endpoint, *, waiting: float | None, kv_usage: float | None) -> None:
         """The engine said in a response how busy it is: as of now, so what was sent before is in it."""

@@ -17,7 +17,7 @@ from epp.candidates import Candidates, Models
 from epp.clock import Clock
 from epp.datastore import Datastore
 from epp.decisions import Decisions, record, table
-from epp.errors import BadRequestError, EppError, ModelNotFoundError, NoEndpointsError, PreconditionFailedError, SaturatedError
+from epp.errors import SHED, BadRequestError, EppError, ModelNotFoundError, NoEndpointsError, PreconditionFailedError, SaturatedError
 from epp.exchange import Exchange, can_be_sent, sendable
 from epp.observe.metrics import Metrics
 from epp.outliers import Outliers
@@ -43,7 +43,6 @@ TEST_SELECTION = "test-epp-endpoint-selection"
 TEST_SERVED = "x-conformance-test-served-endpoint"
 FAIRNESS_CHARS_MAX = 256
 """Of a fairness id; longer ones are cut."""
-SHED = "system saturated, sheddable request dropped"
 """What a client is told whose request may be shed, and is."""
 LEFT_OUT_SHOWN_MAX = 32
 """Endpoints that are no candidates, in an explanation."""

@@ -110,6 +110,9 @@ class BuffersFullError(EppError):
     dropped_reason = "rejected-saturated"
 
 
+SHED = "system saturated, sheddable request dropped"
+
+
 class SaturatedError(EppError):
     """Every candidate was filtered out."""
 

@@ -89,12 +89,16 @@ class Exchange:
         self._status = 0
         self._usage_reader: UsageReader | None = None
         self._usage: Usage | None = None
-        self._ticket: Ticket | None = Ticket(decision.endpoint, tokens, to_the_end=scheduler.inflight.add_estimated_output_tokens)
+        endpoint = decision.endpoint
+        self._ticket: Ticket | None = Ticket(
+            endpoint, tokens, to_the_end=scheduler.inflight.add_estimated_output_tokens, told=request.stream
+        )
         self._work: Sequence[Ticket] = ()
         """Stages of the request on other endpoints: over with the first token."""
         if decision.targets:
             self._work = [Ticket(endpoint, request.uncached_on(endpoint)) for endpoint in decision.targets.values()]
-        self._work_tokens = decision.endpoint.inflight_tokens
+        self._work_tokens = endpoint.inflight_tokens - endpoint.untold_tokens
+        """To be worked through before its first token, as far as that is known: prompts of whole answers are long since, most of the time."""
         self._sent_s = clock.now_s()
         series.running += 1
 

@@ -19,12 +19,11 @@ from epp.admission.control import FlowControl
 from epp.admission.families import flow_families
 from epp.admission.refusals import EvictedError
 from epp.admission.settings import BandSettings, Settings, settings_of, tenancy_of
-from epp.arrival import Arrival, Stage, Wait
+from epp.arrival import Stage
 from epp.candidates import Candidates
 from epp.clock import Clock
 from epp.datastore import Datastore
 from epp.director import Director
-from epp.errors import EppError
 from epp.exchange import Exchange
 from epp.observe.families import Family
 from epp.plugins.base import Context, Detector
@@ -43,22 +42,6 @@ SAFE_WAIT = "2s"
 _log = logging.getLogger("epp.flow_control")
 
 
-class _Somewhere:
-    """Flow control for requests that there is somebody for: in the safe form nobody waits for endpoints to come."""
-
-    def __init__(self, flow: FlowControl, candidates: Candidates) -> None:
-        self._flow = flow
-        self._candidates = candidates
-
-    def begin(self, arrival: Arrival) -> Wait | None:
-        request = arrival.request
-        try:
-            self._candidates.of(arrival.subset, request.pool, request.target_model)
-        except EppError:
-            return None  # the director says so in its own words
-        return self._flow.begin(arrival)
-
-
 class Queueing:
     """See the module."""
 
@@ -69,7 +52,6 @@ class Queueing:
         self._rng = rng
         self._mode = policy.built.config.flow_control_mode
         self._told = False
-        self._candidates = candidates
         self._safe: PredictedWaitDetector | None = None
         self.flow: FlowControl | None = None
         if self._mode == "off":
@@ -84,9 +66,7 @@ class Queueing:
     @property
     def stages(self) -> Sequence[Stage]:
         """What a request passes; the last there is."""
-        if self.flow is None:
-            return ()
-        return (_Somewhere(self.flow, self._candidates) if self._safe is not None else self.flow,)
+        return (self.flow,) if self.flow is not None else ()
 
     @property
     def sheds(self) -> bool:
@@ -104,12 +84,22 @@ class Queueing:
         if flow is None:
             return
         flow.use(*self._of(built))
-        flow.provision(priorities)
+        self.provision(priorities)
         director.evicts = flow.evictor is not None
         scheduler = built.scheduler
-        if flow.finished not in scheduler.finished:
-            scheduler.first_token = (*scheduler.first_token, flow.first_token)
-            scheduler.finished = (*scheduler.finished, *((self._safe.finished,) if self._safe is not None else ()), flow.finished)
+        if flow.finished in scheduler.finished:
+            return
+        if self._safe is not None:  # no plugin of the configuration's, so it is told here
+            scheduler.picked = (*scheduler.picked, self._safe.picked)
+            scheduler.served = (*scheduler.served, self._safe.served)
+            scheduler.finished = (*scheduler.finished, self._safe.finished)
+        scheduler.first_token = (*scheduler.first_token, flow.first_token)
+        scheduler.finished = (*scheduler.finished, flow.finished)
+
+    def provision(self, priorities: Iterable[int]) -> None:
+        """There are objectives of these priorities now."""
+        if self.flow is not None:
+            self.flow.provision(priorities)
 
     def close(self, policy: Literal["drain", "reject"]) -> None:
         """Nobody begins to wait any more; who waits does so to the end (drain), or is refused now."""
@@ -124,7 +114,16 @@ class Queueing:
         if self._safe is not None:
             self._safe.bind(Context(self._clock, self._rng, built.plugins))
             band = BandSettings(requests_max=SAFE_REQUESTS_MAX, fairness=RoundRobinFairnessPolicy())
-            return Settings(requests_max=SAFE_REQUESTS_MAX, ttl_s=SAFE_TTL_S, default_band=band, **tenancy_of(built.plugins)), self._safe
+            settings = Settings(
+                requests_max=SAFE_REQUESTS_MAX,
+                ttl_s=SAFE_TTL_S,
+                request_ttl_max_s=SAFE_TTL_S,
+                default_band=band,
+                waits_for_endpoints=False,
+                sheds=True,
+                **tenancy_of(built.plugins),
+            )
+            return settings, self._safe
         assert built.scheduler.detector is not None
         return settings_of(built.config.flow_control, built.plugins), built.scheduler.detector
 

@@ -93,7 +93,8 @@ class Endpoint:
     __slots__ = (
         "adapters_active", "adapters_max", "adapters_waiting", "attributes", "capacity", "changes", "destination", "drain_marked", "ejected",
         "half_open", "healthy", "inflight_requests", "inflight_tokens", "kv_capacity_tokens", "kv_usage", "labels", "name", "namespace",
-        "picks_total", "running", "scrape_failures", "scraped_at_s", "sent_requests", "sent_tokens", "slot", "spec", "trusted", "waiting",
+        "picks_total", "running", "scrape_failures", "scraped_at_s", "sent_requests", "sent_tokens", "slot", "spec", "trusted", "untold_tokens",
+        "waiting",
     )  # fmt: skip
 
     def __init__(self, spec: EndpointSpec, slot: int, changes: Changes) -> None:
@@ -139,6 +140,8 @@ class Endpoint:
         self.inflight_requests = 0
         self.inflight_tokens = 0
         """Uncached prompt tokens sent whose first token has not come back."""
+        self.untold_tokens = 0
+        """Those of them whose answer comes whole: nobody tells of their first token, so most of them are through with long since."""
         self.sent_requests = 0
         """Sent since the last reading of /metrics was taken: that reading can't know of them."""
         self.sent_tokens = 0

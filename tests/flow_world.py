@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
+import pytest
+
 from epp.admission.control import FlowControl
 from epp.admission.queues import Waiting
 from epp.admission.settings import Settings
 from epp.arrival import Arrival
 from epp.clock import VirtualClock
-from epp.errors import ModelNotFoundError, NoEndpointsError
+from epp.errors import EppError, ModelNotFoundError, NoEndpointsError
 from epp.plugins.base import Finished
 from epp.plugins.detectors.concurrency import ConcurrencyDetector
 from epp.types import Decision, Endpoint, LLMRequest, Snapshot, Usage
@@ -72,6 +74,10 @@ class Pool:
         self.endpoints = list(endpoints)
         self.serving: dict[str, list[str]] = {}
         self._kept: dict[tuple[str, ...], Snapshot] = {}
+
+    @property
+    def epoch(self) -> object:
+        return [e.name for e in self.endpoints], {model: list(names) for model, names in self.serving.items()}
 
     def of(self, subset: Sequence[str] | None, _pool: str, model: str) -> Snapshot:
         found = [e for e in self.endpoints if subset is None or e.name in subset]
@@ -163,3 +169,16 @@ class World:
         for (outcome, _, _), number in self.flow.counts.outcomes.items():
             found[outcome] = found.get(outcome, 0) + number
         return found
+
+
+def error_of(world: World, name: str, **fields: object) -> EppError:
+    """What a request is refused with at once."""
+    with pytest.raises(EppError) as raised:
+        world.ask(name, **fields)
+    return raised.value
+
+
+def told(error: EppError | None) -> tuple[int, str, bool]:
+    """Status, reason, and whether it says when to come back."""
+    assert error is not None
+    return error.http_status, error.dropped_reason, 1 <= getattr(error, "retry_after_s", 0) <= 60

@@ -39,6 +39,7 @@ ROLES: dict[str, set[str]] = {
     "edf-ordering-policy": {"ordering-policy"},
     "static-usage-limit-policy": {"usage-limit-policy"},
     "priority-holdback-policy": {"usage-limit-policy"},
+    "token-rate-limit": {"token-rate-limit"},
 }
 
 

@@ -132,6 +132,8 @@ def memory(policy: str, queued: int, *, flows: int, endpoints: int) -> float:
 class Pool:
     """Every request may go to the same endpoints."""
 
+    epoch = 0
+
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
 

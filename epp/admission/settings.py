@@ -21,6 +21,9 @@ from epp.plugins.flow_control.policies import (
 from epp.plugins.flow_control.tenants import TokenRateLimit
 from epp.types import LLMRequest
 
+REQUEST_TTL_MAX_S = 3_600.0
+"""Of what a request says about itself."""
+
 
 class Ordering(Protocol):
     def order(self, request: LLMRequest, received_s: float, queued_s: float, ttl_s: float, /) -> float:
@@ -87,6 +90,11 @@ class Settings:
     identities: tuple[Identity, ...] = ()
     """Whose a request is, in this order."""
     token_rate: TokenRateLimit | None = None
+    request_ttl_max_s: float = REQUEST_TTL_MAX_S
+    waits_for_endpoints: bool = True
+    """Whether a request waits where there is nobody, or is told so at once."""
+    sheds: bool = False
+    """Requests of a priority below zero do not wait: without room they are refused."""
     eviction: bool = False
     eviction_filter: EvictionFilter = field(default_factory=SheddableEvictionFilter)
     eviction_order: EvictionOrder = field(default_factory=PriorityThenTimeEvictionOrderPolicy)

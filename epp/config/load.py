@@ -6,6 +6,7 @@ reference picker accepts, down to its lenience (a weight on a plugin that is no 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,11 @@ _FIELDS = (
 )
 _BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
+SINGLE_ROLES = ("profile-handler", "token-rate-limit")
+"""Roles that one plugin alone can have."""
+QUEUEING_ROLES = ("identity", "token-rate-limit")
+"""Those that only flow control asks."""
+
 
 def load(text: str, *, source: str, catalogue: Catalogue, allow_experimental: bool = False) -> EndpointPickerConfig:
     """The configuration as written, with `profile` spelled out, or the default one if `text` says nothing. Raises ConfigError with every
@@ -84,7 +90,7 @@ def _config(walk: Walk, document: Any, catalogue: Catalogue, allow_experimental:
     if kind and kind != KIND:
         walk.fault("kind", f"{kind!r} is not {KIND}")
     gates = _feature_gates(walk, fields.get("featureGates"))
-    plugins = _plugins(walk, fields.get("plugins"), catalogue, allow_experimental)
+    plugins = _plugins(walk, fields.get("plugins"), catalogue, allow_experimental, queues=gates.get(FLOW_CONTROL_GATE, True))
     refs = References(walk, plugins, catalogue)
     config = EndpointPickerConfig(
         api_version=api_version,
@@ -152,9 +158,10 @@ def _feature_gates(walk: Walk, value: Any) -> dict[str, bool]:
     return {name: gates[name] for name in KNOWN_GATES if name in gates}
 
 
-def _plugins(walk: Walk, value: Any, catalogue: Catalogue, allow_experimental: bool) -> tuple[PluginSpec, ...]:
+def _plugins(walk: Walk, value: Any, catalogue: Catalogue, allow_experimental: bool, *, queues: bool) -> tuple[PluginSpec, ...]:
+    """`queues`: there is flow control, in whatever form."""
     names: dict[str, int] = {}
-    handlers: list[str] = []
+    of_role: defaultdict[str, list[str]] = defaultdict(list)
     plugins = []
     for i, item in enumerate(walk.items(value, "plugins")):
         path = f"plugins[{i}]"
@@ -172,11 +179,15 @@ def _plugins(walk: Walk, value: Any, catalogue: Catalogue, allow_experimental: b
             walk.fault(at, f"the name {name!r} is taken by plugins[{names[name]}]; give each instance a name of its own")
         names.setdefault(name, i)
         spec = PluginSpec(name=name, type=type_, parameters=dict(parameters))
-        if "profile-handler" in _plugin_roles(walk, spec, path, catalogue, allow_experimental):
-            handlers.append(path)
+        roles = _plugin_roles(walk, spec, path, catalogue, allow_experimental)
+        for role in roles:
+            of_role[role].append(path)
+        if not queues and not roles.isdisjoint(QUEUEING_ROLES):
+            walk.warn(path, f"{type_} has no effect: the gate flowControl is off")
         plugins.append(spec)
-    if len(handlers) > 1:
-        walk.fault(handlers[1], f"only one profile handler can be configured; the first is {handlers[0]}")
+    for role in SINGLE_ROLES:
+        if len(of_role[role]) > 1:
+            walk.fault(of_role[role][1], f"only one {role.replace('-', ' ')} can be configured; the first is {of_role[role][0]}")
     return tuple(plugins)
 
 

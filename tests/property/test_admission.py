@@ -49,6 +49,8 @@ class Model:
     queued_s: float
     ttl_s: float
     size_bytes: int
+    given: bool = False
+    """Its time was, by its header: it counts from when it came, whatever becomes of the pool."""
     outcome: str = ""
 
 
@@ -76,6 +78,7 @@ class FlowMachine(RuleBasedStateMachine):
         self.running: list[str] = []
         self.served: dict[int, list[str]] = {priority: [] for priority in PRIORITIES}
         self.gone = False
+        self.changed, self.changed_s = False, 0.0
 
     @rule(
         priority=st.sampled_from(PRIORITIES), flow=st.sampled_from(FLOWS), subset=st.sampled_from(SUBSETS), ttl=st.sampled_from(TTLS_S),
@@ -84,7 +87,7 @@ class FlowMachine(RuleBasedStateMachine):
     def ask(self, priority: int, flow: str, subset: tuple[str, ...] | None, ttl: str, size_bytes: int) -> None:
         number = len(self.asked)
         ttl_s = float(ttl[:-1]) if ttl else self.ttl_s
-        made = Model(f"r{number}", number, priority, flow, subset, self.world.clock.now_s(), ttl_s, size_bytes)
+        made = Model(f"r{number}", number, priority, flow, subset, self.world.clock.now_s(), ttl_s, size_bytes, given=bool(ttl))
         if self.gone and subset is not None:
             subset = made.subset = None  # a subset of nobody is a matter of the pool, not of this model
         queued = self.queued()
@@ -168,8 +171,14 @@ class FlowMachine(RuleBasedStateMachine):
     @rule()
     def pool_goes_or_comes(self) -> None:
         self.gone = not self.gone
+        self.changed = True
         self.world.pool.endpoints = [] if self.gone else list(self.world.all)
         self.world.flow.changed()
+
+    @rule()
+    def reload(self) -> None:
+        """The same configuration again: nobody's place, time or turn among equals is lost."""
+        self.world.flow.use(self.world.flow.settings, self.world.detector)
 
     @rule(after_s=st.sampled_from([0.0, 0.0, 0.1, 1.0, 4.0]))
     def time_passes(self, after_s: float) -> None:
@@ -194,6 +203,11 @@ class FlowMachine(RuleBasedStateMachine):
                 assert made.ttl_s
                 assert world.clock.now_s() - made.queued_s >= min(made.ttl_s, self.ttl_s or made.ttl_s) - 1e-9
                 made.outcome = "Expired"
+        if self.changed:  # known with this pump at the latest
+            self.changed, self.changed_s = False, world.clock.now_s()
+        for made in self.queued():
+            since_s = made.queued_s if made.given else max(made.queued_s, self.changed_s)
+            assert not made.ttl_s or world.clock.now_s() - since_s < made.ttl_s + 1e-9, "it waits too long"
         for subset in SUBSETS:
             same = [made for made in order if made.subset == subset]
             assert [m.priority for m in same] == sorted((m.priority for m in same), reverse=True), (

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from epp.engines.models import ModelsView
+from epp.queueing import SAFE_TTL_S
 from tests.builders import (
     FULL_DUPLEX,
     Stream,
@@ -388,3 +389,23 @@ def test_in_the_form_on_by_default_an_empty_pool_is_an_error_at_once() -> None:
     world = Queued(core(0))
     answer = answer_of(world.ask())
     assert answer.status.code == 503
+
+
+def test_in_the_form_on_by_default_the_sheddable_are_refused_where_others_wait() -> None:
+    world = Queued(core(1), priorities={"batch": -1})
+    assert routed(world.ask(chat("word " * 50_000)))
+    world.world.read(1, waiting=4.0)
+    assert world.ask(chat("word " * 50_000)).session.waiting
+    refused(world.ask(headers={OBJECTIVE: "batch"}), 429, "rejected-saturated", "saturated")
+    assert world.outcomes == {"Dispatched": 1, "RejectedCapacity": 1}
+
+
+def test_in_the_form_on_by_default_no_client_waits_longer_than_the_operator_lets_it() -> None:
+    world = Queued(core(1))
+    assert routed(world.ask(chat("word " * 50_000)))
+    world.world.read(1, waiting=4.0)
+    waits = world.ask(chat("word " * 50_000), headers={TTL: "3600s"})
+    assert waits.session.waiting
+    world.world.read(1, waiting=400.0)
+    world.run(SAFE_TTL_S + 1.0)
+    refused(waits, 429, "rejected-ttl-expired", "queue_timeout")

@@ -8,6 +8,7 @@ from epp.admission.eviction import CONFIRM_S, GRACE_LEADING_S, GRACE_S
 from epp.admission.refusals import EvictedError
 from epp.admission.settings import BandSettings
 from epp.plugins.detectors.utilization import UtilizationDetector
+from epp.plugins.flow_control.policies import StaticUsageLimitPolicy
 from tests.flow_world import World
 
 BANDS = tuple(BandSettings(priority=priority) for priority in (5, 0, -1, -2))
@@ -141,3 +142,13 @@ def test_what_ended_is_not_kept() -> None:
 def test_what_it_is_told() -> None:
     error = EvictedError()
     assert (error.http_status, error.dropped_reason, error.message) == (429, "evicted", "request evicted by flow control")
+
+
+def test_what_one_request_frees_is_its_share_of_where_it_runs() -> None:
+    world = World(2, each=4, eviction=True, bands=BANDS, usage_limit=StaticUsageLimitPolicy(threshold=0.8))
+    for number in range(7):
+        assert world.ask(str(number), priority=-1) is None
+    assert [e.inflight_requests for e in world.all] == [4, 3]
+    assert world.ask("urgent", priority=5, subset=(world.all[0].name,)) is not None
+    world.run()
+    assert len(world.evicted) == 1, "a quarter of that endpoint, where a fifth is too much; not a seventh"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from epp.capacity import SAMPLES_MIN, WORK_TOKENS_MIN, Capacity
+from epp.exchange import Exchange
 from epp.types import LLMRequest
 from tests.builders import PATH, chat, core
 
@@ -57,3 +58,25 @@ def test_whole_answers_teach_nothing_of_prefill() -> None:
         exchange.response_chunk(b"{}")
         exchange.finish(complete=True)
     assert world.endpoint(1).capacity.prefill_tokens_per_s == 0.0
+
+
+def test_prompts_of_whole_answers_are_not_what_a_first_token_waited_for() -> None:
+    world = core(1)
+    endpoint = world.endpoint(1)
+
+    def send(number: int, *, stream: bool) -> Exchange:
+        request = LLMRequest(id="r", path=PATH, headers={})
+        return world.director.route(request, chat(f"{number} " + "x" * 8_000, stream=stream), None, world.clock.now_s())
+
+    whole = [send(number, stream=False) for number in range(50)]
+    assert endpoint.untold_tokens == endpoint.inflight_tokens > 50 * 1_900
+    for number in range(SAMPLES_MIN):
+        streamed = send(1_000 + number, stream=True)
+        world.clock.advance(0.25)
+        streamed.response_headers(200, event_stream=True, served="", code_details="")
+        streamed.response_chunk(b"data: {}\n\n")
+        streamed.finish(complete=True)
+    assert endpoint.capacity.prefill_tokens_per_s == pytest.approx(8_000, rel=0.1), "2 000 tokens in 0.25 s, not 100 000"
+    for exchange in whole:
+        exchange.finish(complete=True)
+    assert (endpoint.untold_tokens, endpoint.inflight_tokens) == (0, 0)

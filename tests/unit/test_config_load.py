@@ -261,3 +261,14 @@ def test_the_name_of_a_default_is_not_for_another_kind_of_plugin() -> None:
 
 def test_a_class_as_type_is_left_to_the_catalogue() -> None:
     assert loaded(HEAD + "plugins: [{name: mine, type: 'my_module:MyScorer'}]").plugins[0].type == "my_module:MyScorer"
+
+
+def test_one_token_rate_limit_and_none_without_flow_control() -> None:
+    limit = "{type: token-rate-limit, name: NAME, parameters: {size: 100}}"
+    two = ", ".join(limit.replace("NAME", name) for name in ("a", "b"))
+    assert faults(HEAD + f"plugins: [{two}]") == ["plugins[1]: only one token rate limit can be configured; the first is plugins[0]"]
+    off = "featureGates: [flowControl=false]\n"
+    assert loaded(HEAD + f"plugins: [{limit}]").warnings == ()
+    assert loaded(HEAD + off + f"plugins: [{limit}]").warnings == (
+        "plugins[0]: token-rate-limit has no effect: the gate flowControl is off",
+    )

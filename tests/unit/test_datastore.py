@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,6 +45,24 @@ def test_a_subscriber_is_told_of_those_already_there() -> None:
     came: list[str] = []
     pool.subscribe(added=lambda e: came.append(e.name))
     assert came == ["pod-1", "pod-2"]
+
+
+def test_a_subscription_can_be_undone_also_while_subscribers_are_told() -> None:
+    pool = datastore()
+    told: list[str] = []
+    undone: list[Callable[[], None]] = []
+
+    def first(endpoint: Endpoint) -> None:
+        told.append(f"first {endpoint.name}")
+        undone[0]()
+
+    undone.append(pool.subscribe(added=first, removed=first))
+    pool.subscribe(added=lambda e: told.append(f"second {e.name}"))
+    pool.apply([spec(1)])
+    pool.apply([spec(2)])
+    assert told == ["first pod-1", "second pod-1", "second pod-2"]
+    undone[0]()
+    assert (len(pool._added), len(pool._removed)) == (1, 0)
 
 
 def test_subscribers_see_the_pool_as_it_is_after_the_change() -> None:
@@ -304,3 +324,15 @@ def test_a_reading_fades_into_our_own_count_while_the_engine_is_silent() -> None
     assert (endpoint.waiting_estimate, endpoint.running_estimate) == (0.0, 0.0), "a queue of long ago repels nobody"
     pool.record_reading(endpoint, Reading(waiting=1.0), sent_requests=9, sent_tokens=0)
     assert (endpoint.trusted, endpoint.waiting_estimate) == (1.0, 1.0)
+
+
+def test_who_waits_for_room_is_told_of_silence_and_of_answers_without_metrics() -> None:
+    pool = Datastore(VirtualClock(1000.0))
+    pool.apply([spec(1)])
+    (endpoint,) = pool.endpoints.values()
+    told = []
+    pool.noticed = lambda: told.append(endpoint.trusted)
+    pool.record_silence(endpoint)
+    pool.record_answer(endpoint)
+    pool.record_answer(endpoint)
+    assert len(told) >= 3, "a wait that time alone shortens is looked at again"

@@ -3,11 +3,16 @@
 The endpoint where it would wait least decides, as it is where a good scheduler sends the request: a pool with one idle endpoint is not full.
 Until then it is as full as its endpoints are in the mean, so that a ceiling below 1 keeps that share of the pool for others. What was sent counts
 from the moment it is sent, so that a burst can't pass before metrics move. Where a plugin keeps better books (`wait_s(endpoint)`, as
-cost-aware-scorer's), those are asked; else the prompt tokens in flight are divided by the prefill rate the endpoint showed. A queue inside
-the engine (its batch or its KV cache is full) is as long as it takes requests to end there. The KV cache counts in its last tenth alone:
-before, it makes nobody wait, and ceilings of lower bands (holdback) would leave most of it empty.
+cost-aware-scorer's), those are asked; else the prompt tokens in flight are divided by the prefill rate the endpoint showed. Nobody tells when
+the prompt of an answer that comes whole is through: it is taken to be when it should be, not when the answer comes; so is every prompt where
+the tokens in flight are more than prompts (addEstimatedOutputTokens). A queue inside the engine (its batch or its KV cache is full) is as long
+as it takes requests to end there. The KV cache counts in its last tenth alone: before, it makes nobody wait, and ceilings of lower bands
+(holdback) would leave most of it empty.
 
-Not here: who waits (admission). Cost: about 0.4 µs an endpoint each time it is asked.
+What is not known holds nobody up. Until an endpoint of the pool has shown how fast it is, a wait is a guess: it counts no more than what was
+sent since a reading that said nothing waits there, and not at all for an engine that says nothing.
+
+Not here: who waits (admission). Cost: about 0.6 µs an endpoint each time it is asked.
 """
 
 from __future__ import annotations
@@ -19,17 +24,37 @@ import msgspec
 
 from epp.config.units import Duration, duration_s
 from epp.plugins.base import Context, Finished, Plugin
-from epp.types import Endpoint, LLMRequest
+from epp.types import Decision, Endpoint, LLMRequest
 
 GAP_WEIGHT = 0.1
 """Of a new sample in the mean time between two ends of requests at one endpoint."""
 GAP_MAX_S = 60.0
 WAITING_S = 0.05
 """What one waiting request is taken to take at an endpoint nothing ended at yet."""
+READING_S = 2.0
+"""A reading tells of a guess that it is wrong for so long."""
 KV_FREE = 0.9
 """Of the KV cache's threshold: so much of it may be used without counting."""
+KEY = "epp.plugins.detectors.predicted_wait"
+"""Attribute of a request whose first token nobody will tell of: the endpoints it was sent to, and the prompt tokens each has to compute."""
 REQUEST_TOKENS = 16
 """What a request weighs besides its prompt, so that those without one can't pass in any number."""
+
+
+class Book:
+    """What is known of one endpoint, besides what it says itself."""
+
+    __slots__ = ("ended_s", "gap_s", "through_s", "whole_tokens")
+
+    def __init__(self) -> None:
+        self.ended_s = -1.0
+        """When a request ended here last; negative: there was no work then."""
+        self.gap_s = 0.0
+        """Between two ends, in the mean."""
+        self.whole_tokens = 0
+        """Prompt tokens in flight whose first token nobody will tell of."""
+        self.through_s = 0.0
+        """When the endpoint should be through with those."""
 
 
 @runtime_checkable
@@ -47,7 +72,8 @@ class PredictedWaitDetector(Plugin):
     The pool's is the mean, each counted up to 1, and once all of them are full the least.
 
     wait: that of a plugin that predicts it (waitPluginName, else the first that can), else prompt tokens in flight / the endpoint's prefill
-    rate, or the pool's, or initialPrefillTokensPerSecond; at least: requests waiting in the engine x the mean time between two ends there.
+    rate, or the pool's, or initialPrefillTokensPerSecond; at least: requests waiting in the engine x the mean time between two ends there,
+    by a reading that is not too old.
     """
 
     type: ClassVar[str] = "predicted-wait-detector"
@@ -64,27 +90,59 @@ class PredictedWaitDetector(Plugin):
         max_wait_s = duration_s(self.max_wait)
         if max_wait_s <= 0:
             raise ValueError("maxWait must be above 0")
-        self.__dict__.update(max_wait_s=max_wait_s, waits=None, gaps={}, clock=None)
+        self.__dict__.update(max_wait_s=max_wait_s, waits=None, books={}, clock=None, key=f"{KEY}/{id(self)}", shown=True, to_the_end=False)
 
     def bind(self, context: Context) -> None:
         self.__dict__["clock"] = context.clock
+        self.__dict__["to_the_end"] = any(getattr(plugin, "add_estimated_output_tokens", False) for plugin in context.plugins.values())
         if self.wait_plugin_name:
             self.__dict__["waits"] = context.plugin(self.wait_plugin_name, Waits, parameter="waitPluginName")
         else:
             self.__dict__["waits"] = next((p for p in context.plugins.values() if isinstance(p, Waits)), None)
 
-    def finished(self, _request: LLMRequest, endpoint: Endpoint, _outcome: Finished) -> None:
+    def picked(self, request: LLMRequest, decision: Decision) -> None:
+        """Note a prompt of which nobody will tell when it is through."""
+        state = self.__dict__
+        if request.stream and state["shown"] and not state["to_the_end"]:
+            return
+        now_s: float = state["clock"].now_s()
+        sent = []
+        for endpoint in (decision.endpoint, *decision.targets.values()):
+            book, tokens = self._book(endpoint), request.uncached_on(endpoint)
+            rate = endpoint.capacity.prefill_tokens_per_s or self.initial_prefill_tokens_per_second
+            book.whole_tokens += tokens
+            book.through_s = max(book.through_s, now_s) + tokens / rate
+            sent.append((endpoint, tokens))
+        request.attributes[state["key"]] = sent
+
+    def served(self, request: LLMRequest, endpoint: Endpoint) -> None:
+        """Another one than that it was sent to."""
+        sent = request.attributes.get(self.__dict__["key"])
+        if sent:
+            first, tokens = sent[0]
+            self._settle(first, tokens)
+            self._book(endpoint).whole_tokens += tokens
+            sent[0] = endpoint, tokens
+
+    def finished(self, request: LLMRequest, endpoint: Endpoint, outcome: Finished) -> None:
         """Learn how often a place comes free while there is work."""
-        gaps: dict[int, tuple[float, float]] = self.__dict__["gaps"]
-        now_s: float = self.__dict__["clock"].now_s()
-        last_s, gap_s = gaps.get(endpoint.slot, (-1.0, 0.0))
-        if last_s >= 0:
-            sample_s = min(GAP_MAX_S, now_s - last_s)
-            gap_s = sample_s if not gap_s else gap_s + GAP_WEIGHT * (sample_s - gap_s)
-        gaps[endpoint.slot] = (now_s if endpoint.inflight_requests else -1.0), gap_s
+        state = self.__dict__
+        for each, tokens in request.attributes.pop(state["key"], ()):
+            self._settle(each, tokens)
+        if request.stream and outcome.status == 200:
+            state["shown"] = outcome.ttft_s >= 0
+        books: dict[Endpoint, Book] = state["books"]
+        book = books.get(endpoint)
+        if book is None:  # it is gone
+            return
+        now_s: float = state["clock"].now_s()
+        if book.ended_s >= 0:
+            sample_s = min(GAP_MAX_S, now_s - book.ended_s)
+            book.gap_s = sample_s if not book.gap_s else book.gap_s + GAP_WEIGHT * (sample_s - book.gap_s)
+        book.ended_s = now_s if endpoint.inflight_requests else -1.0
 
     def removed(self, endpoint: Endpoint) -> None:
-        self.__dict__["gaps"].pop(endpoint.slot, None)
+        self.__dict__["books"].pop(endpoint, None)
 
     def saturation(self, endpoints: Sequence[Endpoint]) -> float:
         return self.level(endpoints)[0]
@@ -95,17 +153,13 @@ class PredictedWaitDetector(Plugin):
             return 1.0, 0.0, 0.0
         state = self.__dict__
         max_wait_s: float = state["max_wait_s"]
-        waits: Waits | None = state["waits"]
-        gaps: dict[int, tuple[float, float]] = state["gaps"]
-        usual = self._rate(endpoints)
+        now_s: float = state["clock"].now_s()
+        known = [e.capacity.prefill_tokens_per_s for e in endpoints if e.capacity.prefill_tokens_per_s]
+        usual = sum(known) / len(known) if known else self.initial_prefill_tokens_per_second
         lowest, used, room_tokens = float("inf"), 0.0, 0.0
         for endpoint in endpoints:
             rate = endpoint.capacity.prefill_tokens_per_s or usual
-            wait_s = waits.wait_s(endpoint) if waits is not None else endpoint.inflight_tokens / rate
-            waiting = endpoint.waiting_estimate
-            if waiting:
-                gap = gaps.get(endpoint.slot)
-                wait_s = max(wait_s, waiting * (gap[1] if gap is not None and gap[1] else WAITING_S))
+            wait_s = self._wait_s(endpoint, rate, now_s, guessed=not known)
             kv = (endpoint.kv_usage_estimate / self.kv_cache_util_threshold - KV_FREE) / (1.0 - KV_FREE)
             full = max(wait_s / max_wait_s, kv)
             lowest = min(lowest, full)
@@ -122,9 +176,37 @@ class PredictedWaitDetector(Plugin):
 
     def state(self) -> dict[str, Any]:
         """Mean seconds between two ends, by slot."""
-        return {"ends_apart_s": {str(slot): round(gap_s, 4) for slot, (_, gap_s) in self.__dict__["gaps"].items()}}
+        books: dict[Endpoint, Book] = self.__dict__["books"]
+        return {"ends_apart_s": {str(endpoint.slot): round(book.gap_s, 4) for endpoint, book in books.items()}}
 
-    def _rate(self, endpoints: Sequence[Endpoint]) -> float:
-        """Prompt tokens a second of an endpoint nothing is known of."""
-        known = [e.capacity.prefill_tokens_per_s for e in endpoints if e.capacity.prefill_tokens_per_s]
-        return sum(known) / len(known) if known else self.initial_prefill_tokens_per_second
+    def _wait_s(self, endpoint: Endpoint, rate: float, now_s: float, *, guessed: bool) -> float:
+        """Of the next request there. `guessed`: nobody showed how fast it is."""
+        state = self.__dict__
+        waits: Waits | None = state["waits"]
+        book = state["books"].get(endpoint) or self._book(endpoint)
+        if waits is not None:
+            wait_s = waits.wait_s(endpoint)
+        else:
+            wait_s = max(0, endpoint.inflight_tokens - book.whole_tokens) / rate if not state["to_the_end"] else 0.0
+            if book.through_s > now_s:
+                wait_s += book.through_s - now_s
+        waiting, trusted = endpoint.waiting, endpoint.trusted
+        if guessed:
+            if not trusted:
+                return 0.0
+            if not waiting and now_s - endpoint.scraped_at_s <= READING_S:
+                return min(wait_s, endpoint.sent_tokens / rate)
+        if waiting and trusted:
+            return max(wait_s, (waiting + endpoint.sent_requests) * trusted * (book.gap_s or WAITING_S))
+        return wait_s
+
+    def _book(self, endpoint: Endpoint) -> Book:
+        books: dict[Endpoint, Book] = self.__dict__["books"]
+        return books.setdefault(endpoint, Book())
+
+    def _settle(self, endpoint: Endpoint, tokens: int) -> None:
+        """They are in flight there no more."""
+        books: dict[Endpoint, Book] = self.__dict__["books"]
+        book = books.get(endpoint)
+        if book is not None:
+            book.whole_tokens = max(0, book.whole_tokens - tokens)
