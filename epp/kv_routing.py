@@ -28,6 +28,7 @@ from epp.tokenize.stage import TokenStage
 from epp.types import Endpoint
 
 _log = logging.getLogger("epp.kv_routing")
+_GUESSED = "KV-cache events can't be got: what is cached where is guessed"
 
 
 def event_settings(producer: PrecisePrefixCacheProducer) -> EventSettings:
@@ -49,6 +50,13 @@ def event_settings(producer: PrecisePrefixCacheProducer) -> EventSettings:
         trtllm_poll_s=duration_s(config.trtllm_poll_interval) if config.trtllm_poll_interval else 0.0,
         backend=BackendSettings(url=shared.address) if shared is not None else None,
     )
+
+
+def _check(producer: PrecisePrefixCacheProducer) -> None:
+    try:
+        event_settings(producer)
+    except ValueError as error:
+        raise ValueError(f"{producer.name}: {error}") from None
 
 
 class _Served:
@@ -82,8 +90,8 @@ class KvRouting:
         self._wanted: list[PrecisePrefixCacheProducer] = []
         self._served: dict[int, _Served] = {}
         """By the producer's identity."""
-        self._refused: set[int] = set()
-        """Producers whose hub could not start."""
+        self._refused: dict[int, PrecisePrefixCacheProducer] = {}
+        """Those that have none: it could not be made or started; kept, for an identity is somebody else's once its object is gone."""
         self._changed = asyncio.Event()
         self.use(plugins)
 
@@ -97,45 +105,60 @@ class KvRouting:
         plugins = list(plugins)
         wanted = [each for each in plugins if isinstance(each, PrecisePrefixCacheProducer)]
         for producer in wanted:
-            try:
-                event_settings(producer)
-            except ValueError as error:
-                raise ValueError(f"{producer.name}: {error}") from None
+            _check(producer)
         self.tokens.use(plugins)
         self._wanted = wanted
         self._changed.set()
 
     def follow(self, plugins: Iterable[Plugin]) -> Sequence[Stage]:
-        """As `use`, while it runs: what can't be used is said and left out. Returns the stages there are from now on."""
+        """As `use`, while it runs: what can't be used is said and left out, and nothing else. Returns the stages there are from now on."""
+        plugins = list(plugins)
+        wanted = [each for each in plugins if isinstance(each, PrecisePrefixCacheProducer)]
+        for producer in wanted:
+            try:
+                _check(producer)
+            except ValueError as error:
+                self._refuse(producer, error)
         try:
-            self.use(plugins)
+            self.tokens.use(plugins)
         except (ValueError, StartError) as error:
-            fields = {"reason": str(error)}
-            _log.warning("new tokenizers or KV-cache events can't be used; the old ones stay", extra={"fields": fields})
+            _log.warning("new tokenizers can't be used; the old ones stay", extra={"fields": {"reason": str(error)}})
+        self._wanted = wanted
+        self._changed.set()
         return self.stages
 
     async def start(self) -> None:
         """Take the ports there are to take. Raises StartError."""
         self._changed.clear()
-        for producer in self._wanted:
-            await self._serve(producer)
+        try:
+            for producer in self._wanted:
+                await self._serve(producer)
+        except StartError:
+            for served in self._served.values():
+                await served.hub.stop()
+            self._served.clear()
+            raise
 
     async def run(self) -> None:
         """Until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.tokens.run(), name="tokens")
             while True:
-                for served in self._served.values():
-                    if served.task is None:
-                        served.task = tasks.create_task(served.hub.run(), name=f"kv events for {served.producer.name}")
+                self._begin(tasks)
                 await self._changed.wait()
                 self._changed.clear()
                 await self._follow()
 
+    def _begin(self, tasks: asyncio.TaskGroup) -> None:
+        """Run the hubs that are new."""
+        for served in self._served.values():
+            if served.task is None:
+                served.task = tasks.create_task(served.hub.run(), name=f"kv events for {served.producer.name}")
+
     async def _follow(self) -> None:
         """Hubs of producers that are gone end first: a new one may want the same port."""
         staying = {id(producer) for producer in self._wanted}
-        self._refused &= staying
+        self._refused = {key: producer for key, producer in self._refused.items() if key in staying}
         for key in [key for key in self._served if key not in staying]:
             served = self._served.pop(key)
             if served.task is not None:
@@ -148,9 +171,12 @@ class KvRouting:
             try:
                 await self._serve(producer)
             except StartError as error:
-                self._refused.add(id(producer))
-                fields = {"plugin": producer.name, "reason": str(error)}
-                _log.warning("KV-cache events can't be got: what is cached where is guessed", extra={"fields": fields})
+                self._refuse(producer, error)
+
+    def _refuse(self, producer: PrecisePrefixCacheProducer, error: Exception) -> None:
+        if id(producer) not in self._refused:  # said once, not with every change
+            self._refused[id(producer)] = producer
+            _log.warning(_GUESSED, extra={"fields": {"plugin": producer.name, "reason": str(error)}})
 
     async def _serve(self, producer: PrecisePrefixCacheProducer) -> None:
         settings = event_settings(producer)

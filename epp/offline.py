@@ -17,6 +17,7 @@ import msgspec
 from epp.clock import MonotonicClock
 from epp.config import effective
 from epp.config.load import load
+from epp.config.secrets import hidden
 from epp.config.walk import suggestion
 from epp.errors import ConfigError, Problem
 from epp.plugins.base import Plugin
@@ -53,9 +54,10 @@ def check(args: argparse.Namespace) -> int:
 
 
 def print_config(args: argparse.Namespace) -> int:
-    """The effective configuration: defaults and automatic producers filled in."""
+    """The effective configuration: defaults and automatic producers filled in, passwords left out."""
     built, _ = _built(args.file, allow_experimental=args.allow_experimental_plugins)
-    sys.stdout.write(effective.to_yaml(built.config, Registry()))
+    plugins = tuple(msgspec.structs.replace(spec, parameters=hidden(spec.parameters)) for spec in built.config.plugins)
+    sys.stdout.write(effective.to_yaml(msgspec.structs.replace(built.config, plugins=plugins), Registry()))
     return 0
 
 

@@ -4,14 +4,14 @@ A frame belongs to the endpoint of that address, or of that name, or to the only
 model and data-parallel rank; each has numbers of its own. There is nobody to ask for lost frames: the approximate view, until the index
 trusts the endpoint again. Not here: what frames do (stream).
 
-Bounded: connections (`connections_max`), publishers of one endpoint (`STREAMS_MAX`), what a connection holds (zmtp); nothing is kept of a
-topic that names no endpoint. A publisher that floods is read a step at a time like all others.
+Bounded: connections (`connections_max`), publishers of one endpoint (`STREAMS_MAX`), what a connection holds (zmtp), a topic
+(`TOPIC_BYTES_MAX`); nothing is kept of a topic that names no endpoint. A publisher that floods is read a step at a time like all others.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from epp.datastore import Datastore
 from epp.errors import StartError
@@ -26,6 +26,7 @@ from epp.zmtp.connection import Connection, Listener
 STREAMS_MAX = 16
 """Of one endpoint."""
 TOPIC_BYTES_MAX = 1_024
+"""A longer one is nobody's."""
 
 _log = logging.getLogger("epp.events")
 
@@ -45,7 +46,7 @@ class Central:
         self._listener = Listener(
             b"SUB", self._accept, connections_max=settings.connections_max, message_bytes_max=settings.message_bytes_max
         )
-        datastore.subscribe(added=self._added, removed=self._removed)
+        self._unsubscribe: Callable[[], None] = _nothing
 
     @property
     def port(self) -> int:
@@ -60,10 +61,16 @@ class Central:
         host, port = bind_address(self._common.settings.bind)
         try:
             await self._listener.start(host, port)
-        except OSError as error:
-            raise StartError(f"can't listen for KV-cache events on {self._common.settings.bind}: {error.strerror or error}") from None
+        except (OSError, UnicodeError) as error:  # the latter of a host that can be no name
+            reason = getattr(error, "strerror", None) or error
+            raise StartError(f"can't listen for KV-cache events on {self._common.settings.bind}: {reason}") from None
+        self._unsubscribe = self._datastore.subscribe(added=self._added, removed=self._removed)
 
     async def stop(self) -> None:
+        """Nothing is applied any more."""
+        self._unsubscribe()
+        for endpoint in list(self._streams):
+            self._removed(endpoint)
         await self._listener.stop()
 
     def stream(self, topic: bytes, rank: int) -> Stream | None:
@@ -90,7 +97,7 @@ class Central:
         return stream
 
     def _endpoint(self, topic: bytes) -> Endpoint | None:
-        parts = topic[:TOPIC_BYTES_MAX].decode(errors="replace").split("@", 2)
+        parts = topic.decode(errors="replace").split("@", 2) if len(topic) <= TOPIC_BYTES_MAX else ()
         if len(parts) < 2:
             return None
         if self._by_word is None:
@@ -108,6 +115,10 @@ class Central:
         self._told.pop(endpoint, None)
         for stream in self._streams.pop(endpoint, {}).values():
             stream.close()
+
+
+def _nothing() -> None:
+    """Nobody was subscribed to."""
 
 
 def _by_word(endpoints: Iterable[Endpoint]) -> dict[str, Endpoint | None]:
@@ -132,6 +143,8 @@ class Intake:
         self._subscribed = False
         self._stream: Stream | None = None
         """Whose last frame is being applied."""
+        self._held: tuple[bytes, int, bytes] | None = None
+        """A frame that waits for one of the same publisher that came by another connection and is still being applied."""
 
     def __call__(self, connection: Connection) -> None:
         if not self._subscribed and connection.ready.done() and not connection.closed:
@@ -150,6 +163,10 @@ class Intake:
             if self._stream.step():
                 return True
             self._stream = None
+        if self._held is not None:
+            held, self._held = self._held, None
+            self._judge(*held)
+            return True
         taken = self._connection.take()
         if taken is None:
             return False
@@ -169,6 +186,9 @@ class Intake:
             rank = 0  # the stream finds out, and says so
         stream = self._central.stream(topic, rank)
         if stream is None:
+            return
+        if stream.busy:
+            self._held, self._stream = (topic, number, payload), stream
             return
         numbering = stream.numbering
         verdict = numbering.judge(number, payload)

@@ -68,7 +68,6 @@ class EventHub:
         self._client: aiohttp.ClientSession | None = None
         self._tasks: dict[Endpoint, list[asyncio.Task[None]]] = {}
         self._followers: dict[Endpoint, list[Subscriber | TrtLlmPoller]] = {}
-        datastore.subscribe(added=self._added, removed=self._removed)
 
     @property
     def port(self) -> int:
@@ -95,18 +94,24 @@ class EventHub:
                 aiohttp.ClientSession(timeout=timeout, trust_env=False, auto_decompress=False) as client,
                 asyncio.TaskGroup() as group,
             ):
-                self._client, self._group = client, group
                 group.create_task(self._feed.run(), name="kv events")
                 if self._backend is not None:
                     group.create_task(self._backend.run(), name="the shared backend of kv events")
-                for endpoint in list(self._datastore.endpoints.values()):
-                    self._added(endpoint)
-                await asyncio.Event().wait()
+                await self._follow(group, client)
         finally:
-            self._group = self._client = None
             for endpoint in list(self._followers):
                 self._removed(endpoint)
             await self.stop()
+
+    async def _follow(self, group: asyncio.TaskGroup, client: aiohttp.ClientSession) -> None:
+        """The pool, until cancelled; then at once no more, for a group that is ending takes no task of an endpoint that comes."""
+        self._client, self._group = client, group
+        unsubscribe = self._datastore.subscribe(added=self._added, removed=self._removed)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            unsubscribe()
+            self._group = self._client = None
 
     def families(self) -> Iterator[Family]:
         """For the metrics page."""

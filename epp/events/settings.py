@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from epp.prefix.precise import VIEWS_MAX
 from epp.types import Address, Endpoint
 from epp.zmtp.connection import CONNECT_S
 from epp.zmtp.wire import MESSAGE_BYTES_MAX
@@ -16,6 +17,7 @@ EVENTS_PORT_LABEL = "llm-d.ai/kv-events-port"
 REPLAY_PORT_LABEL = "llm-d.ai/kv-events-replay-port"
 """Of an endpoint: its own ports, for engines that share a host without being ranks of one server."""
 QUEUE_BYTES_MAX = 16 << 20
+PORT_DIGITS_MAX = 5
 _SCHEMES = {"redis": "redis", "rediss": "rediss", "valkey": "redis", "valkeys": "rediss"}
 _RANK = re.compile(r"-rank-(\d{1,5})(?:-\d+)?$")
 
@@ -106,6 +108,8 @@ class EventSettings:
         for name in ("socket_port", "replay_port"):
             if not 0 <= getattr(self, name) + self.ranks - 1 <= 65_535:
                 raise ValueError(f"{name}: {getattr(self, name)} for {self.ranks} ranks is not 0 to 65535")
+        if self.ranks > VIEWS_MAX:
+            raise ValueError(f"data-parallel ranks behind one endpoint: {self.ranks}; of at most {VIEWS_MAX} it is known what they have")
         if self.ranks < 1 or self.replays_max < 1 or self.connections_max < 1:
             raise ValueError("ranks, replays_max and connections_max must be at least 1")
         if self.bind:
@@ -143,7 +147,7 @@ def rank_of(endpoint: Endpoint) -> int:
 
 def _at(endpoint: Endpoint, label: str, port: int, rank: int) -> Address | None:
     own = endpoint.labels.get(label, "")
-    if own.isascii() and own.isdigit() and 0 < int(own[:6]) <= 65_535:
+    if own.isascii() and own.isdigit() and len(own) <= PORT_DIGITS_MAX and 0 < int(own) <= 65_535:
         port = int(own) + rank
     elif port:
         port += rank_of(endpoint) + rank

@@ -58,6 +58,11 @@ class Stream:
         self._blocks = 0
         """Stored by those frames."""
 
+    @property
+    def busy(self) -> bool:
+        """Something is left of what was taken."""
+        return self._batch is not None or self._pieces is not None
+
     def close(self) -> None:
         """The endpoint is gone."""
         self._closed = True

@@ -92,7 +92,8 @@ class Backend:
         except (ValueError, TypeError, OSError):  # their texts may quote the password
             raise StartError(f"redisConfig or valkeyConfig: not an address that can be used: {settings.shown}") from None
         self._client = client.Redis(connection_pool=pool)
-        self._failures, self._answered = (RedisError, OSError), ResponseError
+        # A ValueError (an IndexError, a RecursionError...) is the client's own, about an answer it can't read.
+        self._failures, self._answered = (RedisError, OSError, ValueError, TypeError, RecursionError), ResponseError
 
     @property
     def hoped_for(self) -> bool:
@@ -251,7 +252,8 @@ class Backend:
         if not self.up:
             return None
         try:
-            answer = await self._client.evalsha(self._read, 1, shared.key, shared.ended, first, frames_max, PAGE_BYTES, FRAME_BYTES_MAX)
+            async with asyncio.timeout(self._settings.timeout_s):
+                answer = await self._client.evalsha(self._read, 1, shared.key, shared.ended, first, frames_max, PAGE_BYTES, FRAME_BYTES_MAX)
         except self._failures as error:
             if self._not_now(error):
                 self._lost("read", error)
@@ -260,7 +262,7 @@ class Backend:
                 self._say("the shared backend refuses KV-cache events", type(error).__name__)
             return None
         try:
-            found = [(int(number) - 1, bytes(payload)) for number, payload in zip(answer[2::2], answer[3::2], strict=True)]
+            found = [(int(number) - 1, _content(payload)) for number, payload in zip(answer[2::2], answer[3::2], strict=True)]
             return Page(int(answer[0]), int(answer[1]), found)
         except (TypeError, ValueError, IndexError):  # whatever that server is
             self.errors["read"] += 1
@@ -298,3 +300,10 @@ class Backend:
             yield Family(prefix + name, text, "counter", (), [((), float(value))])
         errors = [((operation,), float(count)) for operation, count in self.errors.items()]
         yield Family(prefix + "errors_total", "Failures of the shared backend, by operation.", "counter", ("operation",), errors)
+
+
+def _content(payload: Any) -> bytes:
+    """`bytes` makes as many zeros of a number. Raises TypeError."""
+    if not isinstance(payload, bytes):
+        raise TypeError
+    return payload

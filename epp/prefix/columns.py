@@ -9,7 +9,7 @@ Cost: of the masks; all views are walked together.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import and_, or_
 from typing import NamedTuple
@@ -112,22 +112,46 @@ class Columns:
         fast = [masks for masks in (self.masks["gpu"], self.speculative) if masks.blocks]
         on_gpu = {column: depth for ended, depth in walk(hashes, wanted, fast) for column in spelled(ended)}
         found = Cached({}, {}, {})
+        beyond: list[tuple[int, int, int, int]] = []
         for slot, (column, depth) in deepest.items():
             gpu = on_gpu.get(column, 0)
             before = sizes[gpu - 1] if gpu else 0
             if gpu:
                 found.gpu_tokens[slot] = before
-            value = weights["gpu"] * before
-            for number in range(gpu, depth):
-                value += (sizes[number] - before) * self._best(hashes[number], column, weights)
-                before = sizes[number]
-            found.tokens[slot], found.weighted_tokens[slot] = before, value
+            found.tokens[slot], found.weighted_tokens[slot] = sizes[depth - 1], weights["gpu"] * before
+            if gpu < depth:
+                beyond.append((slot, column, gpu, depth))
+        if beyond:
+            self._add_slower(beyond, found.weighted_tokens, hashes, sizes, weights)
         return found
 
-    def _best(self, block: int, column: int, weights: Mapping[str, float]) -> float:
-        if self.speculative.of(block) >> column & 1:
-            return weights["gpu"]
-        return max(weights[medium] for medium, masks in self.masks.items() if masks.of(block) >> column & 1)
+    def _add_slower(
+        self,
+        beyond: Sequence[tuple[int, int, int, int]],
+        values: dict[int, float],
+        hashes: Sequence[int],
+        sizes: Sequence[int],
+        weights: Mapping[str, float],
+    ) -> None:
+        """`beyond`: slot, column, where it is no longer on the GPU, where it ends. Blocks that are in the same tiers go together."""
+        first, last = min(gpu for _, _, gpu, _ in beyond), max(depth for *_, depth in beyond)
+        columns = reduce(or_, [1 << column for _, column, _, _ in beyond])
+        layers = [(weights[medium], masks) for medium, masks in self.masks.items() if masks.blocks]
+        layers += [(weights["gpu"], self.speculative)] if self.speculative.blocks else []
+        layers.sort(key=lambda layer: -layer[0])
+        part = hashes[first:last]
+        runs = list(_runs([[mask & columns for mask in masks.of_all(part)] for _, masks in layers], first))
+        for slot, column, gpu, depth in beyond:
+            value = values[slot]
+            for start, end, masks in runs:
+                if end <= gpu:
+                    continue
+                if start >= depth:
+                    break
+                low, high = max(start, gpu), min(end, depth)
+                best = next((weight for (weight, _), mask in zip(layers, masks, strict=True) if mask >> column & 1), 0.0)
+                value += (sizes[high - 1] - (sizes[low - 1] if low else 0)) * best
+            values[slot] = value
 
     def unset(self, medium: str, names: Names, column: int, block: int) -> None:
         """One of the view's names for the block is gone; with the last its bit."""
@@ -163,6 +187,17 @@ class Columns:
                 self._leaving.popleft()
                 self._free.append(leaving.column)
         return dropped
+
+
+def _runs(layers: Sequence[Sequence[int]], first: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Start, end and masks of neighbouring blocks with equal ones; the first block is number `first`."""
+    start, before = first, tuple(layer[0] for layer in layers)
+    number = first
+    for number, here in enumerate(zip(*layers, strict=True), first):
+        if here != before:
+            yield start, number, before
+            start, before = number, here
+    yield start, number + 1, before
 
 
 def walk(hashes: Sequence[int], current: int, sources: Sequence[Masks]) -> list[tuple[int, int]]:

@@ -44,7 +44,6 @@ EVENT_COSTS_BLOCKS = 8
 INDEXED_KINDS = frozenset({"full_attention", "mla_attention", "sink_full_attention"})
 """Groups whose blocks say what of a prompt is cached; a sliding window's or a state-space model's do not."""
 _MEDIA = {"": "gpu", "cpu_pinned": "cpu", "host": "cpu", "storage": "disk"}
-_U64 = (1 << 64) - 1
 
 
 class KvEventError(EppError):

@@ -27,8 +27,11 @@ from epp.types import TOKEN_BYTES, TOKEN_IDS, TOKEN_MEDIA, Decision, Endpoint, L
 _log = logging.getLogger("epp.prefix")
 
 TOKENS_MAX = 262_144
-"""Of a prompt, no more are hashed: 2 ms."""
+"""Of a prompt, no more are hashed: 2 ms in blocks of 16."""
+BLOCKS_MAX = 32_768
+"""Of a prompt, and for each block size: 5 ms. Engines whose blocks are one token (SGLang's default) are asked about so many tokens."""
 LORAS_MAX = 1_024
+"""Names kept; of more, those heard of last."""
 LOOKUP_S = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1)
 
 
@@ -48,10 +51,14 @@ class Span(Protocol):
 class PreciseMatch(PrefixMatch):
     """What is known of a prompt whose tokens are known. `hashes` and `sizes` are the approximate index's."""
 
-    __slots__ = ("blocks", "engine_mask", "weighted_tokens")
+    __slots__ = ("blocks", "engine_mask", "forgotten", "weighted_tokens")
 
-    def __init__(self, match: PrefixMatch, matched: dict[int, int], blocks: Sequence[Sequence[int]], engine_mask: int) -> None:
+    def __init__(
+        self, match: PrefixMatch, matched: dict[int, int], blocks: Sequence[Sequence[int]], engine_mask: int, forgotten: int
+    ) -> None:
         super().__init__(match.hashes, match.sizes, match.prompt_tokens, matched)
+        self.forgotten = forgotten
+        """How many endpoints had gone by then: a slot that was given up later is not the one that was meant."""
         self.blocks = blocks
         """Hashes of the prompt's whole blocks, for each of the engines' block sizes."""
         self.engine_mask = engine_mask
@@ -65,14 +72,16 @@ class WatchedIndex(PreciseIndex):
 
     def __init__(self, budget_bytes: int, *, tier_weights: Mapping[str, float] = TIER_WEIGHTS, speculative_ttl_s: float = 0.0) -> None:
         super().__init__(budget_bytes, tier_weights=tier_weights, speculative_ttl_s=speculative_ttl_s)
-        self.loras: set[str] = set()
+        self.loras: dict[str, None] = {}
         """Names of LoRAs that blocks were stored for: requests for other models are the base model's."""
         self.gaps: Counter[int] = Counter()
         """By slot."""
 
     def apply(self, slot: int, event: Event, publisher: str = "") -> None:
-        if isinstance(event, BlockStored) and event.lora and event.lora not in self.loras and len(self.loras) < LORAS_MAX:
-            self.loras.add(event.lora)
+        if isinstance(event, BlockStored) and event.lora and event.lora not in self.loras and event.lora[0] != "\0":  # an id names no model
+            if len(self.loras) >= LORAS_MAX:  # one that is still used is heard of again
+                del self.loras[next(iter(self.loras))]
+            self.loras[event.lora] = None
         super().apply(slot, event, publisher)
 
     def gap(self, slot: int, publisher: str = "", lost_blocks: int = UNNAMED_LOST_BLOCKS) -> None:
@@ -127,6 +136,10 @@ class KvView:
         """Times the tokens of a model turned out to be wrong."""
         self._approximate = approximate
         self._now_s = now_s
+        self._forgotten = 0
+        """Endpoints that went."""
+        self._forgotten_at: dict[int, int] = {}
+        """Slot -> how many they were when its endpoint had gone."""
 
     # Requests
 
@@ -144,7 +157,7 @@ class KvView:
             return
         started_s = self._now_s()
         blocks = self._blocks(request, tokens)
-        found = PreciseMatch(match, match.matched_tokens, list(blocks.values()), trusted)
+        found = PreciseMatch(match, match.matched_tokens, list(blocks.values()), trusted, self._forgotten)
         if trusted:
             self._look_up(found, blocks, trusted, len(tokens) // TOKEN_BYTES)
         request.attributes[name] = found
@@ -172,7 +185,7 @@ class KvView:
     def answered(self, name: str, request: LLMRequest, endpoint: Endpoint, usage: Usage | None) -> None:
         """The endpoint answered, in full: what was predicted of it can be looked at."""
         match, slot = request.attributes.get(name), endpoint.slot
-        if not isinstance(match, PreciseMatch):
+        if not isinstance(match, PreciseMatch) or self._forgotten_at.get(slot, 0) > match.forgotten:  # it went meanwhile
             return
         if match.engine_mask >> slot & 1 and usage is not None and usage.cached_tokens >= 0:
             self.predictions.add(match.matched_tokens.get(slot, 0), usage.cached_tokens)
@@ -196,6 +209,8 @@ class KvView:
         self._approximate.index.reset(slot)
 
     def forget(self, slot: int, then: Callable[[int], None] | None = None) -> None:
+        self._forgotten += 1
+        self._forgotten_at[slot] = self._forgotten
         self.check.forget(slot)
         self.precise.forget(slot)  # at once; the other one takes its time
         self._approximate.index.forget(slot, then)
@@ -229,9 +244,13 @@ class KvView:
     def _blocks(self, request: LLMRequest, tokens: bytes) -> dict[int, list[int]]:
         """Tokens a block -> hashes of the prompt's whole blocks."""
         lora = request.target_model if request.target_model in self.precise.loras else ""
-        salt, part = request.cache_salt, memoryview(tokens)[: TOKENS_MAX * TOKEN_BYTES]
+        salt, all_of_it = request.cache_salt, memoryview(tokens)
         media = request.attributes.get(TOKEN_MEDIA, ())
-        return {size: hashes_of(part, size, seed(lora, salt, size), _extras(media, size)) for size in self.precise.block_sizes}
+        found = {}
+        for size in self.precise.block_sizes:
+            part = all_of_it[: min(TOKENS_MAX, BLOCKS_MAX * size) * TOKEN_BYTES]
+            found[size] = hashes_of(part, size, seed(lora, salt, size), _extras(media, size))
+        return found
 
     def _look_up(self, match: PreciseMatch, blocks: Mapping[int, list[int]], trusted: int, tokens: int) -> None:
         self.lookups += 1

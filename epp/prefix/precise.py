@@ -323,6 +323,7 @@ class PreciseIndex:
         if view is not None:
             self.counts["restarts"] += 1
             view.restart_seen, view.reset_seen = not view.reset_seen, False
+            view.another()
             self._clear(slot, view)
 
     def reset(self, slot: int) -> None:
@@ -332,6 +333,7 @@ class PreciseIndex:
                 view.restart_seen = False
             else:
                 view.reset_seen = True
+                view.another()
                 self._clear(slot, view)
 
     def forget(self, slot: int, then: Callable[[int], None] | None = None) -> None:

@@ -29,6 +29,10 @@ from epp.prefix.kv_events import (
 )
 
 LEVELS = ("gpu", "cpu", "disk")
+ID_MAX = (1 << 63) - 1
+RANK_MAX = 65_535
+_U64 = (1 << 64) - 1
+"""Hashes have 64 bits; JSON's numbers have no limit."""
 
 
 class Numbered(NamedTuple):
@@ -77,9 +81,9 @@ class _Tagged(msgspec.Struct, gc=False):
 
 
 class _Event(msgspec.Struct, gc=False):
-    event_id: int
+    event_id: Annotated[int, Meta(ge=0, le=ID_MAX)]
     data: Raw
-    attention_dp_rank: int | None = None
+    attention_dp_rank: Annotated[int, Meta(ge=0, le=RANK_MAX)] | None = None
     window_size: int | None = None
     """Layers of another attention window have blocks of their own: a group."""
 
@@ -115,25 +119,26 @@ def _understood(data: Any, window: int | None) -> Iterator[Event]:
     if isinstance(data, _Stored):
         yield from _stored(data, window)
     elif isinstance(data, _Removed):
-        yield BlockRemoved(data.block_hashes, "", group=window)
+        yield BlockRemoved([each & _U64 for each in data.block_hashes], "", group=window)
     elif isinstance(data, _Updated):
         if data.cache_level is not None:
-            yield BlockStored((data.block_hash,), None, b"", 0, _level(data.cache_level.new_value), group=window)
-            yield BlockRemoved((data.block_hash,), _level(data.cache_level.old_value), group=window)
+            names = (data.block_hash & _U64,)
+            yield BlockStored(names, None, b"", 0, _level(data.cache_level.new_value), group=window)
+            yield BlockRemoved(names, _level(data.cache_level.old_value), group=window)
     else:
         yield AllBlocksCleared()
 
 
 def _stored(data: _Stored, window: int | None) -> Iterator[BlockStored]:
     """Runs of blocks of the same size in the same level; a last block that is not full, as TensorRT-LLM publishes some, is left out."""
-    parent, run = data.parent_hash, list[_Block]()
+    parent, run = None if data.parent_hash is None else data.parent_hash & _U64, list[_Block]()
     full = max((len(block.tokens) for block in data.blocks), default=0)
     for block in data.blocks:
         if len(block.tokens) < full:
             break
         if run and block.cache_level != run[0].cache_level:
             yield _run(parent, run, full, window)
-            parent, run = run[-1].block_hash, []
+            parent, run = run[-1].block_hash & _U64, []
         run.append(block)
     if run and full:
         yield _run(parent, run, full, window)
@@ -141,7 +146,7 @@ def _stored(data: _Stored, window: int | None) -> Iterator[BlockStored]:
 
 def _run(parent: int | None, run: list[_Block], block_tokens: int, window: int | None) -> BlockStored:
     tokens = packed([token.token_id for block in run for token in block.tokens])
-    return BlockStored([block.block_hash for block in run], parent, tokens, block_tokens, _level(run[0].cache_level), group=window)
+    return BlockStored([block.block_hash & _U64 for block in run], parent, tokens, block_tokens, _level(run[0].cache_level), group=window)
 
 
 def _level(number: int) -> str:

@@ -102,11 +102,9 @@ class View:
         self.seen = set()
         self.prove_blocks = len(self) + self.lacking_blocks
         for names in self.names.values():
-            if names.before:
-                names.before.update(names.held)  # what came since the last gap: little, if gaps are many
-            else:
-                names.before = names.held
-            names.held = {}
+            fewer, more = sorted((names.before, names.held), key=len)  # what came since the last gap is little, if gaps are many
+            more.update(fewer)
+            names.before, names.held = more, {}
 
     def settle(self) -> bool:
         """Whether doubt is over, but for the sweep."""
@@ -118,6 +116,10 @@ class View:
             self.sweeping = True
             return True
         return False
+
+    def another(self) -> None:
+        """The engine is another process: it may have other groups, which it names anew."""
+        self.group = NO_GROUP
 
     def certain(self) -> None:
         """Whatever there was to doubt is settled."""

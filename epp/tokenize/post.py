@@ -14,6 +14,10 @@ from epp.engines.access import FetchOptions, Tls, Token
 
 ANSWER_BYTES_MAX = 32 << 20
 """A longer answer is a failure."""
+REASON_BYTES_MAX = 4 << 10
+"""Read of an answer that says a thing was not found."""
+_NO_MODEL = b"NotFoundError"
+"""What vLLM calls it where it was asked for a model, or a LoRA, it does not have; of a path it does not have it says `Not Found`."""
 KEPT_S = 30.0
 """A connection is kept open that long when it is not used."""
 
@@ -38,9 +42,12 @@ class Poster:
         self._token = Token(options.bearer_token_file)
         self._connections_max = connections_max
         self._session: aiohttp.ClientSession | None = None
+        self._closed = False
 
     async def post(self, url: str, body: bytes, timeout_s: float) -> bytes:
         """The answer's body. Raises PostError."""
+        if self._closed:  # a question that had not begun when another configuration came
+            raise PostError("out of service")
         if self._session is None:  # made here: it belongs to the running loop
             connector = aiohttp.TCPConnector(limit=self._connections_max, keepalive_timeout=KEPT_S)
             self._session = aiohttp.ClientSession(
@@ -56,6 +63,8 @@ class Poster:
                 asyncio.timeout(timeout_s),
                 self._session.post(url, data=body, headers=headers, allow_redirects=False, ssl=tls) as response,
             ):
+                if response.status == 404 and _NO_MODEL in await response.content.read(REASON_BYTES_MAX):
+                    raise RefusedError("no such model")
                 if response.status != 200:
                     raise _status_error(response.status)
                 return await _read(response.content)
@@ -65,6 +74,7 @@ class Poster:
             raise PostError(type(error).__name__) from None
 
     async def close(self) -> None:
+        self._closed = True
         if self._session is not None:
             await self._session.close()
 

@@ -18,12 +18,14 @@ from epp.plugins.producers.token import EngineConfig, VllmConfig
 from epp.tokenize.backend import FAILED, RESTING, UNSUPPORTED, Ask
 from epp.tokenize.prompts import CHAT, GENERATE, MESSAGES, RESPONSE, TEXT
 from epp.tokenize.tokens import Span, Tokens
-from epp.types import Endpoint
+from epp.types import TOKEN_BYTES, Endpoint
 
 ENGINES_TRIED_MAX = 16
 """Engines looked at for one that does not rest."""
 SPANS_MAX = 10_000
 """Pictures and the like of one prompt."""
+MODALITIES = 3
+"""Pictures, videos and sounds: those of one do not overlap."""
 _RENDER = {
     CHAT: "/v1/chat/completions/render",
     TEXT: "/v1/completions/render",
@@ -148,6 +150,11 @@ def read_rendered(answer: bytes) -> Tokens:
     ids = array("I", itertools.chain.from_iterable(part.token_ids for part in parts)).tobytes()
     features = parts[0].features if len(parts) == 1 else None
     spans = tuple(sorted(itertools.islice(_spans(features), SPANS_MAX))) if features is not None else ()
+    count = len(ids) // TOKEN_BYTES
+    if any(span.offset < 0 or span.length < 0 or span.offset + span.length > count for span in spans):
+        raise ValueError("media outside the prompt")
+    if sum(span.length for span in spans) > MODALITIES * count:
+        raise ValueError("media that overlap")
     return _some(Tokens(ids, spans))
 
 

@@ -75,7 +75,7 @@ class Remote:
             return UNSUPPORTED
         if isinstance(question, str):
             return question
-        key = self.cache.key(_SCOPE, question.path.encode() + b"\0" + question.body)
+        key = self.cache.key(_SCOPE, f"{ask.pool}\0{question.path}\0".encode() + question.body)  # pools may call other models the same
         known = None if ask.media else self.cache.get(key)
         if known is not None:
             return Tokens(known)
@@ -85,7 +85,8 @@ class Remote:
             return FULL
         self.in_flight += 1
         job = _Job(done)
-        job.task = self._spawn(partial(self._ask, job, question, key, self.timeout_s(ask)))
+        until_s = self._clock.now_s() + self.timeout_s(ask)  # by the time the request waits: its task begins a moment later
+        job.task = self._spawn(partial(self._ask, job, question, key, self.timeout_s(ask), until_s))
         job.task.add_done_callback(self._landed)
         return job
 
@@ -96,8 +97,7 @@ class Remote:
         health = self._health.get(url)
         return health is None or health.rests_until_s <= self._clock.now_s()
 
-    async def _ask(self, job: _Job, question: Question, key: bytes, timeout_s: float) -> None:
-        started_s = self._clock.now_s()
+    async def _ask(self, job: _Job, question: Question, key: bytes, timeout_s: float, until_s: float) -> None:
         result: Tokens | str = FAILED
         try:
             result = question.read(await self._client.post(question.url, question.body, timeout_s))
@@ -112,7 +112,7 @@ class Remote:
         except (PostError, msgspec.DecodeError, ValueError, OverflowError, RecursionError):
             self._failed(question.url, REST_S)
         except asyncio.CancelledError:
-            if self._clock.now_s() - started_s >= timeout_s:  # it was not the client who left
+            if self._clock.now_s() >= until_s:  # it was not the client who left
                 self._failed(question.url, REST_S)
             raise
         if not job.abandoned:

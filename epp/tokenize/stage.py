@@ -73,6 +73,7 @@ class TokenStage:
         self._secret = secrets.token_bytes(32)
         self._tasks: asyncio.TaskGroup | None = None
         self._wanted: Wanted | None = None
+        self._in_service: Wanted | None = None
         self._backend: Backend | None = None
         self._poster: Poster | None = None
         self.waiting = 0
@@ -96,7 +97,7 @@ class TokenStage:
             return
         if self._tasks is None:
             self._take(*self._made(first))
-            self._wanted = first
+            self._wanted = self._in_service = first
         else:
             self._wanted = first
             self._spawn(partial(self._change, first))
@@ -155,10 +156,12 @@ class TokenStage:
         try:
             made = await asyncio.to_thread(self._made, wanted)
         except (ValueError, StartError) as error:
+            if wanted is self._wanted:
+                self._wanted = self._in_service  # asked for again, it is tried again
             _log.warning("the new tokenizers can't be used; the old ones stay", extra={"fields": {"reason": str(error)}})
             return
         if wanted is self._wanted:  # no newer configuration came meanwhile
-            old = self._take(*made)
+            old, self._in_service = self._take(*made), wanted
             if old is not None:
                 await old.close()
 

@@ -45,11 +45,15 @@ class Workers:
         """On the event loop. False: there are too many already."""
         if self._ended or self.busy >= self._threads_max + self._queue_max:
             return False
+        if self._threads < min(self._threads_max, self.busy + 1):
+            try:
+                threading.Thread(target=self._run, name=f"tokenize-{self._threads + 1}", daemon=True).start()
+                self._threads += 1
+            except RuntimeError:  # the machine has no more: those there are do it
+                if not self._threads:
+                    return False
         self.busy += 1
         self._jobs.put((job, asyncio.get_running_loop()))
-        if self._threads < min(self._threads_max, self.busy):
-            self._threads += 1
-            threading.Thread(target=self._run, name=f"tokenize-{self._threads}", daemon=True).start()
         return True
 
     def close(self) -> None:

@@ -156,8 +156,10 @@ async def connect(
         async with asyncio.timeout(timeout_s):
             await loop.create_connection(lambda: connection, host, port)
             await connection.ready
-    except BaseException:
+    except BaseException as error:
         connection.close("not needed any more")
+        if isinstance(error, UnicodeError):
+            raise ConnectionError("the host can be no name") from None
         raise
     if connection.closed:
         raise ZmtpError(connection.reason) if connection.failed else ConnectionError(connection.reason)

@@ -28,7 +28,8 @@ from epp.events.shared import FRAME_BYTES_MAX, Shared
 from epp.events.valkey import KEY_PREFIX, Backend
 from epp.extproc import tls
 from epp.types import Endpoint
-from tests.integration.test_kv_event_streams import (
+from tests.integration.test_tls_lifecycle import Authority
+from tests.kv_streams import (
     CLEARED,
     PLAIN,
     VLLM,
@@ -42,7 +43,6 @@ from tests.integration.test_kv_event_streams import (
     stored,
     until,
 )
-from tests.integration.test_tls_lifecycle import Authority
 
 MORE = batch({"type": "BlockStored", "block_hashes": [1], "token_ids": [1] * 16, "block_size": 16, "group_idx": 0})
 """Of the recorded engine."""
@@ -610,6 +610,59 @@ async def test_something_else_at_that_address_harms_nobody(context: Sockets, ans
             assert first.run.hub.counts.gaps == 0
     finally:
         server.close()
+
+
+@asynccontextmanager
+async def pretending(answer: bytes) -> AsyncIterator[str]:
+    """The address of a server that takes the scripts, and says this whatever they are called with."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            while head := await reader.readline():
+                words = []
+                for _ in range(int(head[1:])):
+                    size = int((await reader.readline())[1:])
+                    words.append((await reader.readexactly(size + 2))[:-2].upper())
+                said = answer if words[0] in (b"EVALSHA", b"PEXPIRE") else b"$2\r\nab\r\n" if words[0] == b"SCRIPT" else b"+OK\r\n"
+                writer.write(said)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+PAGE = b"*4\r\n$1\r\n9\r\n$1\r\n0\r\n$1\r\n1\r\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"$abc\r\n",
+        b"-MOVED 1 a:b\r\n",
+        b"-ASK\r\n",
+        b"*1\r\n" * 10_000,
+        b"%1\r\n*0\r\n+b\r\n",
+        b">2\r\n+invalidate\r\n*0\r\n",
+        PAGE + b":1000000000000\r\n",
+        PAGE + b"*0\r\n",
+        b"",
+    ],
+)
+async def test_a_backend_that_makes_no_sense_or_says_nothing_holds_up_nobody(context: Sockets, answer: bytes) -> None:
+    """Nothing of an engine is heard while the backend is asked: each question has its time."""
+    async with pretending(answer) as url:
+        wanted = replace(PLAIN, backend=BackendSettings(url=url, backoff_s=0.01, linger_s=0.001, timeout_s=0.05))
+        async with replica(context, wanted) as first:
+            tell([first], stored(1))
+            await until(first.has(1))
+            tell([first], stored(2), first=5)
+            await until(first.has(2))
+            await until(lambda: first.backend.errors.total() > 0)
+            assert first.run.hub.counts.gaps == 1
+            assert first.backend.reads._value == first.backend._settings.reads_max
 
 
 async def test_a_backend_that_was_never_there_changes_nothing(context: Sockets, valkey: Valkey) -> None:

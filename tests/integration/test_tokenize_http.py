@@ -90,6 +90,41 @@ async def test_what_a_status_means(status: int, error: type[PostError]) -> None:
         assert type(caught.value) is error
 
 
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ({"error": {"message": "The model `x` does not exist.", "type": "NotFoundError", "param": "model", "code": 404}}, RefusedError),
+        ({"object": "error", "message": "The model `x` does not exist.", "type": "NotFoundError", "code": 404}, RefusedError),
+        ({"detail": "Not Found"}, NotThereError),
+        ({"error": {"message": "Not Found", "type": "Not Found", "param": None, "code": 404}}, NotThereError),
+    ],
+)
+async def test_a_model_that_is_not_there_is_no_path_that_is_not_there(body: dict[str, object], error: type[PostError]) -> None:
+    """Else whoever asks for a model nobody has, or a LoRA this engine has not, costs all others their tokens for a minute."""
+
+    async def answer(_request: web.Request) -> web.Response:
+        return web.json_response(body, status=404)
+
+    async with serving(answer) as port, posting() as poster:
+        with pytest.raises(PostError) as caught:
+            await poster.post(f"http://127.0.0.1:{port}/tokenize", b"{}", 10)
+        assert type(caught.value) is error
+
+
+async def test_out_of_service_it_asks_nobody_and_opens_nothing() -> None:
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response()
+
+    async with serving(answer) as port:
+        for used in (False, True):
+            async with posting() as poster:
+                if used:
+                    await poster.post(f"http://127.0.0.1:{port}/", b"{}", 10)
+                await poster.close()
+                with pytest.raises(PostError, match="out of service"):
+                    await poster.post(f"http://127.0.0.1:{port}/", b"{}", 10)
+
+
 async def test_an_answer_has_so_many_bytes_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("epp.tokenize.post.ANSWER_BYTES_MAX", 1_000)
 

@@ -226,6 +226,8 @@ def test_an_endpoint_may_have_ports_of_its_own_or_none() -> None:
     own = Endpoint(EndpointSpec("a-rank-2", Address("::1", 1), labels={EVENTS_PORT_LABEL: "7000", REPLAY_PORT_LABEL: "7100"}), 0, Changes())
     assert EventSettings().address(own, 1) == Address("::1", 7001)
     assert EventSettings().replay_address(own, 0) == Address("::1", 7100)
+    odd = Endpoint(EndpointSpec("a", Address("::1", 1), labels={EVENTS_PORT_LABEL: "000001" + "0" * 5_000}), 0, Changes())
+    assert EventSettings().address(odd, 0) == Address("::1", 5557), "no port: as if nothing was said"
     assert EventSettings(socket_port=0).address(endpoint("a"), 0) is None
     assert EventSettings().replay_address(endpoint("a"), 0) is None
     bad = Endpoint(EndpointSpec("a", Address("::1", 1), labels={EVENTS_PORT_LABEL: "99999999999"}), 0, Changes())

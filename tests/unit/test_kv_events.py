@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections import Counter
 from typing import Any
@@ -368,6 +369,29 @@ def test_tensorrt_llm() -> None:
 def test_what_tensorrt_llm_does_not_say(body: bytes) -> None:
     with pytest.raises(KvEventError, match="TensorRT-LLM"):
         list(trtllm_events.decode(body, Counter()))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("event_id", 1 << 63), ("event_id", -1), ("attention_dp_rank", -1), ("attention_dp_rank", 1 << 70)]
+)
+def test_numbers_of_tensorrt_llm_that_can_not_be(field: str, value: int) -> None:
+    """JSON's have no limit: one of a thousand digits would be counted as so many lost, and no metric could say that."""
+    event = {"event_id": 1, "data": {"type": "removed", "block_hashes": []}} | {field: value}
+    with pytest.raises(KvEventError, match=field):
+        list(trtllm_events.decode(json.dumps([event]).encode(), Counter()))
+
+
+def test_hashes_of_tensorrt_llm_have_64_bits() -> None:
+    huge = 5 + (1 << 9_000)
+    for event in polled(
+        {"type": "stored", "parent_hash": huge, "blocks": [block(huge, 1, 2)]},
+        {"type": "removed", "block_hashes": [huge]},
+        {"type": "updated", "block_hash": huge, "cache_level": {"old_value": 0, "new_value": 1}},
+    ):
+        assert isinstance(event, BlockStored | BlockRemoved)
+        assert list(event.hashes) == [5]
+        if isinstance(event, BlockStored):
+            assert event.parent in (5, None)
 
 
 def test_tensorrt_llm_limits() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import random
 import socket
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +60,12 @@ async def until(reached: Callable[[], bool]) -> None:
     raise AssertionError("never came")
 
 
+async def eventually(reached: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not reached():  # noqa: ASYNC110 - sockets and the threads that look names up set no event
+            await asyncio.sleep(0.001)
+
+
 # What the configuration means
 
 
@@ -94,7 +102,10 @@ def test_where_replicas_share_what_they_hear(kind: str, address: str) -> None:
         routing().use([wrong])
 
 
-@pytest.mark.parametrize("config", [{"zmqEndpoint": "5557"}, {"dataParallelRanks": 1024, "podDiscoveryConfig": {"socketPort": 65_000}}])
+@pytest.mark.parametrize(
+    "config",
+    [{"zmqEndpoint": "5557"}, {"dataParallelRanks": 1024, "podDiscoveryConfig": {"socketPort": 65_000}}, {"dataParallelRanks": 17}],
+)
 def test_what_can_not_be_is_named_and_changes_nothing(config: dict[str, Any]) -> None:
     made = routing()
     with pytest.raises(ValueError, match=r"^mine: "):
@@ -154,6 +165,63 @@ async def test_a_port_that_is_taken_later_costs_the_events_alone(caplog: pytest.
             assert list(made.state()["events"]) == ["other"]
             running.cancel()
     assert [record.levelname for record in caplog.records] == ["WARNING"], "once, not with every change"
+
+
+async def test_what_a_configuration_no_longer_has_is_not_kept() -> None:
+    """An index may have gigabytes: neither the pool's subscribers nor a loop's variables may hold on to it."""
+    made, gone = routing(), []
+    await made.start()
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(made.run())
+        for number in range(3):
+            each = bound(f"precise-{number}")
+            gone.append(weakref.ref(each.index.precise))
+            made.follow([each])
+            await until(lambda name=f"precise-{number}": list(made.state()["events"]) == [name])  # type: ignore[misc]
+            del each
+        made.follow([])
+        await eventually(lambda: gc.collect() >= 0 and all(index() is None for index in gone))
+        assert (made._datastore._added, made._datastore._removed) == ([], [])
+        running.cancel()
+
+
+async def test_a_producer_that_can_not_be_served_costs_no_other_its_events(caplog: pytest.LogCaptureFixture) -> None:
+    kept = {"kvBlockIndexConfig": {"redisConfig": {"address": "http://user:secret@x"}}}
+    wrong, right = msgspec.convert({"indexerConfig": kept}, PrecisePrefixCacheProducer), bound("right")
+    wrong.named("wrong")
+    nowhere = producer("nowhere", zmqEndpoint="tcp://a..b:5557")
+    made, before = routing(), bound("before")
+    made.use([before])
+    await made.start()
+    with caplog.at_level(logging.WARNING, "epp.kv_routing"):
+        async with asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(made.run())
+            for _ in range(2):
+                made.follow([wrong, nowhere, right])
+                await eventually(lambda: list(made.state()["events"]) == ["right"])
+            running.cancel()
+    reasons = [str(vars(record)["fields"]["reason"]) for record in caplog.records]
+    assert [vars(record)["fields"]["plugin"] for record in caplog.records] == ["wrong", "nowhere"], "once, not with every change"
+    assert "can't listen" in reasons[1]
+    assert "secret" not in str(reasons)
+
+
+async def test_a_start_that_fails_gives_back_what_it_took() -> None:
+    with port_taken() as taken:
+        made, first = routing(), bound("first")
+        made.use([first, bound("second", taken.getsockname()[1])])
+        started: list[int] = []
+        serve = made._serve
+
+        async def noted(each: PrecisePrefixCacheProducer) -> None:
+            await serve(each)
+            started.append(made._served[id(each)].hub.port)
+
+        made._serve = noted  # type: ignore[method-assign]
+        with pytest.raises(StartError):
+            await made.start()
+        with socket.create_server(("127.0.0.1", started[0])):
+            assert not made._served
 
 
 def test_exact_tokens_are_a_stage_only_where_they_are_wanted() -> None:

@@ -166,6 +166,25 @@ def test_the_default_configuration_printed_is_a_configuration(monkeypatch: pytes
     same_again(ran.out, monkeypatch, capsys)
 
 
+def test_a_password_is_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "policy.yaml"
+    kept = {"kvBlockIndexConfig": {"valkeyConfig": {"address": "valkeys://user:never-said@10.0.0.9:6379/0"}}}
+    plugins = [{"type": "precise-prefix-cache-producer", "parameters": {"indexerConfig": kept}}, {"type": "prefix-cache-scorer"}]
+    profiles = [{"name": "default", "plugins": [{"pluginRef": "prefix-cache-scorer"}]}]
+    head = {"apiVersion": "llm-d.ai/v1alpha1", "kind": "EndpointPickerConfig"}
+    file.write_text(yaml.safe_dump({**head, "plugins": plugins, "schedulingProfiles": profiles}))
+    ran = Ran(capsys, "config", "print", str(file))
+    assert (ran.code, ran.err) == (0, "")
+    assert "never-said" not in ran.out
+    assert "valkeys://***@10.0.0.9:6379/0" in ran.out
+    wrong = {"vllm": {"url": "ftp://user:never-said@x"}, "modelName": "m"}
+    file.write_text(yaml.safe_dump({**head, "plugins": [{"type": "token-producer", "parameters": wrong}], "schedulingProfiles": []}))
+    ran = Ran(capsys, "check", str(file))
+    assert ran.code == 2
+    assert "ftp://***@x" in ran.err
+    assert "never-said" not in ran.err
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_configuration_printed_means_the_same(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     ran = Ran(capsys, "config", "print", "--allow-experimental-plugins", str(path))

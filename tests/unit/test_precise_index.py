@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import pytest
 
 from epp.prefix import kv_events, precise
 from epp.prefix.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+from epp.prefix.masks import Masks
 from epp.prefix.precise import PreciseIndex, hashes_of, seed
 from tests.kv_replay import RECORDINGS, Engine, Prompt, events, frames
 
@@ -273,6 +275,45 @@ def test_tiers_count_whole_for_what_is_cached_and_by_weight_for_scores() -> None
     assert index.cached(chain(1, 2, 3, 4), 1) == ({0: 4}, {0: 1}, {0: 1 + 0.5 + 0.5 + 0.25})
 
 
+def test_weights_of_several_tiers_are_what_looking_at_every_block_says() -> None:
+    weights = {"gpu": 1.0, "cpu": 0.5, "disk": 0.25}
+    rng = random.Random(5)
+    for _ in range(50):
+        index = PreciseIndex(BUDGET_BYTES, tier_weights=weights, speculative_ttl_s=2)
+        names, sizes = list(range(1, 13)), range(SIZE, 13 * SIZE, SIZE)
+        there: dict[tuple[int, int], set[str]] = {}
+        for slot in range(4):
+            for medium in weights:
+                count = rng.randrange(13)
+                if count:
+                    index.apply(slot, stored(names[:count], medium=medium))
+                gone = {name for name in names[:count] if rng.random() < 0.2}
+                index.apply(slot, BlockRemoved(sorted(gone), medium))
+                for name in set(names[:count]) - gone:
+                    there.setdefault((slot, name), set()).add(medium)
+        found = index.cached(chain(*names), 0b1111, sizes)
+        for slot in range(4):
+            depth = next((number for number, name in enumerate(names) if (slot, name) not in there), len(names))
+            expected = sum(SIZE * max(weights[medium] for medium in there[slot, name]) for name in names[:depth])
+            assert found.tokens.get(slot, 0) == depth * SIZE
+            assert found.weighted_tokens.get(slot, 0.0) == pytest.approx(expected)
+
+
+def test_weights_cost_about_the_same_for_many_endpoints_as_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt that all have in a lower tier held the event loop for a tenth of a second and more."""
+    looked_at: list[int] = []
+    of, of_all = Masks.of, Masks.of_all
+    monkeypatch.setattr(Masks, "of", lambda self, block: looked_at.append(1) or of(self, block))
+    monkeypatch.setattr(Masks, "of_all", lambda self, blocks: looked_at.append(len(blocks)) or of_all(self, blocks))
+    index = PreciseIndex(BUDGET_BYTES)
+    names = list(range(1, 901))
+    for slot in range(16):
+        index.apply(slot, stored(names, medium="cpu"))
+    found = index.cached(chain(*names), (1 << 16) - 1)
+    assert found.weighted_tokens == dict.fromkeys(range(16), pytest.approx(0.8 * len(names)))
+    assert sum(looked_at) <= 4 * len(names)
+
+
 def test_with_gpus_only_nothing_is_counted_twice(index: PreciseIndex) -> None:
     index.apply(0, stored([1, 2]))
     found = index.cached(chain(1, 2), 1, (4, 8))
@@ -413,6 +454,20 @@ def test_a_second_gap_while_the_first_is_being_gone_through(index: PreciseIndex)
     assert index.lookup(chain(*range(1, 101)), 1) == {0: 100}
 
 
+def test_a_second_gap_moves_the_fewer_of_what_is_in_doubt_and_what_came_since(index: PreciseIndex) -> None:
+    """All of it is in doubt again; moving hundreds of thousands of names would hold the event loop."""
+    index.apply(0, stored(range(1, 101)))
+    index.gap(0)
+    index.apply(0, stored(range(1, 81)))
+    (names,) = index._views[0][""].names.values()
+    more = names.held
+    assert (len(more), len(names.before)) == (80, 20)
+    index.gap(0)
+    assert names.before is more
+    assert (len(names.before), len(names.held)) == (100, 0)
+    assert index.lookup(chain(*range(1, 101)), 1) == {0: 100}
+
+
 def test_an_endpoint_that_goes_while_it_is_being_gone_through(index: PreciseIndex) -> None:
     index.apply(0, stored(range(1, 101)))
     index.gap(0, lost_blocks=0)
@@ -501,6 +556,21 @@ def test_a_restart_is_acted_on_once_whoever_sees_it_first(index: PreciseIndex) -
     index.reset(0)
     assert index.lookup(chain(3), 1) == {}
     index.reset(7)
+
+
+@pytest.mark.parametrize("told", ["by its events", "by its metrics"])
+def test_another_process_names_its_groups_anew(index: PreciseIndex, told: str) -> None:
+    """An engine that is updated where it is: the old one named no groups, the new one does."""
+    index.apply(0, stored([1, 2]))
+    if told == "by its events":
+        index.restarted(0)
+    else:
+        index.reset(0)
+    index.apply(0, stored([1, 2, 3], group=0))
+    assert index.lookup(chain(1, 2, 3), 1) == {0: 3}
+    index.apply(0, AllBlocksCleared())
+    index.apply(0, stored([1], group=1))
+    assert index.counts["skipped_group"] == 1, "a clear is the same process's"
 
 
 def test_a_slot_given_out_again_has_nothing_of_the_one_before(index: PreciseIndex) -> None:

@@ -16,7 +16,7 @@ from epp.clock import VirtualClock
 from epp.plugins.base import Context, EndpointIndex, Finished
 from epp.plugins.producers.precise_prefix_cache import BUDGET_BYTES_MIN, PrecisePrefixCacheProducer
 from epp.plugins.scorers.precise_prefix_cache import PrecisePrefixCacheScorer
-from epp.prefix import token_check
+from epp.prefix import kv_view, token_check
 from epp.prefix.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from epp.prefix.kv_view import TOKENS_MAX, PreciseMatch
 from epp.prefix.precise import BLOCK_BYTES, ENTRY_BYTES
@@ -250,6 +250,19 @@ def test_of_a_prompt_without_end_the_beginning_is_matched() -> None:
     assert len(request.prefix.blocks[0]) == TOKENS_MAX // BLOCK
 
 
+def test_of_a_prompt_in_tiny_blocks_so_many_are_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_view, "BLOCKS_MAX", 32)
+    world = World()
+    tokens = tokens_of(1, 100)
+    Engine(world.made, world.one, block=1).stores(tokens)
+    world.engines[1].stores(tokens)
+    request = prompted(tokens)
+    assert world.matched(request) == {0: 32, 1: 96}
+    match = request.prefix
+    assert isinstance(match, PreciseMatch)
+    assert sorted(map(len, match.blocks)) == [6, 32]
+
+
 def test_predictions_are_held_against_what_engines_report() -> None:
     world = World()
     tokens = tokens_of(1, 100)
@@ -448,6 +461,40 @@ def test_it_is_one_index_to_whoever_gives_out_slots() -> None:
     assert world.matched(prompted(tokens)) == {}
     assert not index.precise.trusted(0)
     assert [each["name"] for each in world.made.state()["endpoints"]] == ["pod-2", "pod-3"]
+
+
+def test_an_answer_of_an_endpoint_that_is_gone_is_not_held_against_who_has_its_slot_now() -> None:
+    world = World()
+    for number in range(2 * token_check.WINDOW):
+        tokens = tokens_of(number, 40)
+        request = prompted(tokens)
+        world.engines[0].stores(tokens_of(-1, 16))
+        world.sends(request, world.one)
+        world.made.index.forget(world.one.slot)
+        world.made.index.tick()
+        world.engines[0].stores(tokens_of(-2, 16))  # another, in its slot
+        world.answers(request, world.one, cached=0)
+        world.clock.advance(token_check.WAIT_S)
+        world.made.index.tick()
+    check, predictions = world.made.index.check, world.made.index.predictions
+    assert (check.found_total, check.missed_total, predictions.exact) == (0, 0, 0)
+    assert not check.wrong
+    request = prompted(tokens_of(5, 40))
+    world.sends(request, world.one)
+    world.engines[0].stores(tokens_of(5, 40))
+    world.answers(request, world.one, cached=0)
+    assert (check.found_total, predictions.exact) == (1, 1)
+
+
+def test_of_loras_the_ones_heard_of_last_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_view, "LORAS_MAX", 3)
+    world, tokens = World(), tokens_of(1, 49)
+    for name in ("a", "\x007", "b", "c", "a", "d", "e"):
+        world.engines[0].stores(tokens, lora=name)
+    assert list(world.made.index.precise.loras) == ["c", "d", "e"]
+    world.engines[0].stores(tokens, lora="a")
+    assert world.matched(prompted(tokens, target_model="a")) == {0: 48}
+    assert world.matched(prompted(tokens, target_model="b")) == {}, "taken for the base model: nothing of that is there"
 
 
 def test_a_restarted_engine_has_nothing() -> None:

@@ -226,6 +226,14 @@ async def test_the_same_body_is_asked_once() -> None:
     assert (world.remote.in_flight, len(world.cache)) == (0, 2)
 
 
+async def test_pools_may_have_other_models_of_one_name() -> None:
+    server = Server()
+    world = World(server)
+    for pool in ("a", "b", "a"):
+        assert await world.ask(numbered(1)._replace(pool=pool)) == Tokens(IDS)
+    assert len(server.asked) == 2
+
+
 async def test_pictures_are_asked_for_each_time() -> None:
     """What a URL shows may change."""
     server = Server()
@@ -314,6 +322,20 @@ async def test_what_nobody_waits_for_is_not_awaited_and_is_the_server_s_fault_on
         task.cancel()
 
 
+async def test_the_time_a_request_waited_counts_from_when_it_was_asked() -> None:
+    """Its task begins a moment later: a server that hangs would never be told from a client that left."""
+    world = World(Server(hold=asyncio.Event()))
+    for number in range(FAILURES_MAX):
+        started: Any = world.remote.start(numbered(number), world.results.append)
+        world.clock.advance(0.25)
+        await asyncio.sleep(0)
+        world.clock.advance(4.75)
+        started.abandon()
+        with pytest.raises(asyncio.CancelledError):
+            await world.tasks[-1]
+    assert world.remote.start(numbered(9), world.results.append) == RESTING
+
+
 async def test_a_job_cancelled_before_it_began_gives_its_place_back() -> None:
     world = World(Server(), in_flight_max=1)
     for number in range(3):
@@ -328,3 +350,25 @@ async def test_a_body_that_is_no_object_is_not_asked_about() -> None:
     world = World(server)
     assert await world.ask(Ask(CHAT, b"[1]", "m", 0, "")) == UNSUPPORTED
     assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"image": [{"offset": -1, "length": 2}]},
+        {"image": [{"offset": 0, "length": -1}]},
+        {"image": [{"offset": 2, "length": 3}]},
+        {"image": [{"offset": 0, "length": 1_000_000_000_000}]},
+        {"image": [{"offset": 0, "length": 4}] * 4},
+    ],
+)
+def test_pictures_are_where_the_prompt_is(places: dict[str, Any]) -> None:
+    """Every block of it is looked at."""
+    answer = {"token_ids": [1, 2, 3, 4], "features": {"mm_hashes": {}, "mm_placeholders": places}}
+    with pytest.raises(ValueError, match="media"):
+        read_rendered(json.dumps(answer).encode())
+    answer["features"] = {
+        "mm_hashes": {},
+        "mm_placeholders": {"video": [{"offset": 0, "length": 4}], "audio": [{"offset": 0, "length": 4}]},
+    }
+    assert len(read_rendered(json.dumps(answer).encode()).media) == 2

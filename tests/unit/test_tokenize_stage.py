@@ -358,6 +358,44 @@ async def test_another_configuration_is_loaded_while_the_old_one_serves(caplog: 
         assert world.stage.stages == ()
 
 
+async def test_a_tokenizer_that_could_not_be_loaded_is_tried_again_and_what_is_in_service_is_not(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    async with running(local()) as world:
+        old, loads = world.stage._backend, list[object]()
+        made = world.stage._made
+        world.stage._made = lambda wanted: (loads.append(wanted), made(wanted))[1]  # type: ignore[method-assign]
+        wanted = [producer({"local": {"models": [{"name": "m", "path": str(tmp_path)}]}})]
+        with caplog.at_level(logging.WARNING):
+            world.stage.use(wanted)
+            await eventually(lambda: bool(caplog.records))
+        world.stage.use([producer(local())])
+        assert world.stage._tasks is not None
+        await eventually(lambda: not world.stage._tasks._tasks)
+        assert len(loads) == 1
+        assert world.stage._backend is old
+        files(tmp_path, tokenizer_json=(DATA / "tokenizer.json").read_text())
+        world.stage.use(wanted)
+        await eventually(lambda: world.stage._backend is not old)
+        assert len(loads) == 2
+
+
+async def test_where_no_thread_can_be_started_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with running(local(workers=2)) as world:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            assert world.stage.begin(world.arrival(chat(QUESTION))[0]) is None
+            assert world.stage.outcomes == {FULL: 1}
+        for _ in range(2):
+            arrival, event = world.arrival(chat(QUESTION))
+            assert world.stage.begin(arrival) is not None
+            await woken(event)
+        assert world.stage.outcomes == {FULL: 1, EXACT: 2}
+
+
 async def eventually(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - a thread sets no event

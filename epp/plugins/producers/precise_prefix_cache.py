@@ -110,7 +110,7 @@ class KvEventsConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, r
     discover_pods: bool = True
     pod_discovery_config: PodDiscoveryConfig | None = None
     data_parallel_ranks: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
-    """Of each endpoint, behind its one address: their events come from the ports after socketPort."""
+    """Of each endpoint, behind its one address: their events come from the ports after socketPort. At most 16."""
     trtllm_poll_interval: OptionalDuration = ""
     """How often TensorRT-LLM servers are asked for their events, which nobody else gets then; empty: never."""
 

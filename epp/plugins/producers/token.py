@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from epp.config.secrets import hidden_url
 from epp.config.units import Duration, duration_s
 from epp.plugins.base import Context, Plugin
 from epp.types import LLMRequest, Snapshot
@@ -151,7 +152,7 @@ def _check(exact: Exact | None) -> None:
     if isinstance(exact, VllmConfig):
         parts = urlsplit(exact.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError(f"vllm.url: {exact.url!r} is not the URL of a server")
+            raise ValueError(f"vllm.url: {hidden_url(exact.url, alone=True)!r} is not the URL of a server")
         duration_s(exact.mm_timeout)
     elif isinstance(exact, LocalConfig):
         names = [name for model in exact.models for name in (model.name, *model.aliases)]
