@@ -84,7 +84,9 @@ def parser() -> argparse.ArgumentParser:
 
     config = commands.add_parser("config", help="the effective configuration").add_subparsers(dest="what", required=True, metavar="COMMAND")
     shown = config.add_parser(
-        "print", help="with every default filled in", description="Print a configuration as it takes effect: defaults filled in, passwords left out."
+        "print",
+        help="with every default filled in",
+        description="Print a configuration as it takes effect: defaults filled in, passwords left out.",
     )
     add_config_arguments(shown, optional=True)
     shown.set_defaults(run=_offline("print_config"))
