@@ -2,15 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TEST_PROCESSES ?= 2
 
 .PHONY: demo test test-engines test-kubernetes test-monitoring test-image check lint proto fuzz bench image clean
 
 demo: $(VENV)/.demo ## the main job: simulated engines, the picker and a real Envoy under a chat workload
 	$(BIN)/epp demo $(DEMO_FLAGS)
 
-test: $(VENV)/.dev ## every test, with coverage
+test: $(VENV)/.dev ## every test, with coverage, in two processes (TEST_PROCESSES=0: in one)
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(PYTEST_FLAGS)
+	$(BIN)/coverage run -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --skip-covered
 

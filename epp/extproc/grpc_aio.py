@@ -28,6 +28,8 @@ from epp.extproc.tls import KeyPair, server_context
 
 TELL_S = 1.0
 """For a peer to take the answer of a call that is given up."""
+SETTLE_S = 0.1
+"""grpcio's own tasks hear of the end of their calls a moment after `stop`; cancelled with the loop they would print a stack."""
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -117,6 +119,7 @@ class GrpcServer:
     async def stop(self, grace_s: float) -> None:
         await self.check_alive()  # who waits for a turn is refused now
         await self._server.stop(grace_s)
+        await asyncio.sleep(SETTLE_S)
 
     def _certificates(self) -> Any:
         assert self._tls is not None
