@@ -63,7 +63,8 @@ class Builder:
             made = files.with_name(f"{files.name}.unfinished")
             shutil.rmtree(made, ignore_errors=True)
             files.parent.mkdir(parents=True, exist_ok=True)
-            self.run("debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", "bookworm", made)
+            alone = ("unshare", "--mount", "--pid", "--fork", "--kill-child")  # what it mounts and starts ends with it, however it ends
+            self.run(*alone, "debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", "bookworm", made)
             for waste in ("var/cache/apt/archives", "var/lib/apt/lists"):
                 shutil.rmtree(made / waste)
             made.rename(files)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "deploy/Dockerfile"
 LOCK = ROOT / "deploy/image/requirements.txt"
 BUILD_LOCK = ROOT / "deploy/image/requirements-build.txt"
-EXTRAS = ("kubernetes", "uvloop")
+EXTRAS = ("kubernetes", "tokenize", "uvloop", "valkey")
 """As deploy/image/lock.sh has them."""
 PYTHON = {"python_version": "3.11", "python_full_version": "3.11.2", "sys_platform": "linux", "platform_system": "Linux"}
 
