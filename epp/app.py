@@ -11,10 +11,12 @@ import contextlib
 import logging
 import random
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from epp import __version__
+from epp.admission.outlook import outlook
 from epp.aio import forever
 from epp.clock import Clock, MonotonicClock
 from epp.cluster import Cluster, needs_cluster, pools_of
@@ -188,6 +190,8 @@ class Picker:
         )
         self._reloaders += [reloader] if reloader is not None else []
         self.health_server = H2Server(health=self.health, session_limits=self.session_limits, limits=limits, clock=clock)
+        if self.queueing.flow is not None:
+            director.outlook = partial(outlook, self.queueing.flow)
         reviewer = self.cluster.reviewer if self.cluster is not None else None
         context, reloader = metrics_tls(options)
         self._reloaders += [reloader] if reloader is not None else []
@@ -203,6 +207,7 @@ class Picker:
             listen_problem=listen_problem,
             authorize=reviewer.allowed if reviewer is not None else None,
             tls=context,
+            tokens=self.kv_routing.tokens.inquire,
         )
 
     def _read_config(self, options: ServeOptions) -> None:

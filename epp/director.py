@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from epp.admission.outlook import Outlook
 from epp.arrival import Arrival, Stage, Understood
 from epp.candidates import Candidates, Models
 from epp.clock import Clock
@@ -26,7 +27,7 @@ from epp.parsing.routes import Routes
 from epp.pools import Pools
 from epp.resources import Resources
 from epp.scheduling.pipeline import ProfileTrace, Scheduler
-from epp.types import Decision, LLMRequest
+from epp.types import ASKED_ABOUT, Decision, LLMRequest
 
 _log = logging.getLogger("epp.decision")
 
@@ -55,6 +56,15 @@ class Flow(Protocol):
     """What is needed of flow control; `epp.admission.control.FlowControl` is one."""
 
     def routed(self, request: LLMRequest, exchange: Exchange | None) -> None: ...
+
+
+class Inquiry(Arrival):
+    """A request that nobody sent: only asked about."""
+
+    __slots__ = ("error",)
+
+    error: EppError | None
+    """It is refused before its endpoint is chosen."""
 
 
 class Director:
@@ -97,6 +107,8 @@ class Director:
         """What a request passes before its endpoint is chosen."""
         self.flow: Flow | None = None
         """The last of the stages, where there is flow control."""
+        self.outlook: Callable[[Arrival], Outlook] | None = None
+        """What flow control would do with a request, where there is any."""
         self.sheds = True
         """Sheddable requests are refused while the pool is full; with flow control configured they queue like others."""
         self.evicts = False
@@ -203,16 +215,50 @@ class Director:
                 exchange.restorer = ModelRestorer(renamed, request.model)
         return exchange
 
-    def explain(self, request: LLMRequest, body: bytes | None, subset: Sequence[str] | None) -> dict[str, Any]:
-        """What `route` would decide now, and why; nothing is charged, counted or remembered."""
-        traces: list[ProfileTrace] = []
-        decision, reason = None, ""
+    def inquire(
+        self,
+        request: LLMRequest,
+        body: bytes | None,
+        subset: Sequence[str] | None,
+        *,
+        stages: Sequence[Stage] = (),
+        wake: Callable[[], None] = lambda: None,
+    ) -> Inquiry:
+        """As `arrive`, for a request that is only asked about, and to be passed through these stages by whoever asks. Then `explained`."""
+        understood: Understood = None, ""
+        error: EppError | None = None
+        request.attributes[ASKED_ABOUT] = True
+        request.body_bytes = len(body) if body is not None else 0
         try:
-            self._understand(request, body, count=False)
-            decision = self._decide(request, subset, traces)
-        except EppError as error:
-            reason = f"{error.http_status} {error.message}"
+            understood = self._understand(request, body, count=False)
+        except EppError as refused:
+            error, stages = refused, ()
+        inquiry = Inquiry(request, body, subset, self._clock.now_s(), understood=understood, wake=wake, stages=stages)
+        inquiry.error = error
+        return inquiry
+
+    def explain(self, request: LLMRequest, body: bytes | None, subset: Sequence[str] | None) -> dict[str, Any]:
+        """What would become of it now, and why, by the estimate of its tokens."""
+        return self.explained(self.inquire(request, body, subset))
+
+    def explained(self, inquiry: Inquiry) -> dict[str, Any]:
+        """What flow control and the decision would make of it now, and why; nothing is charged, counted or remembered."""
+        request, error = inquiry.request, inquiry.error
+        traces: list[ProfileTrace] = []
+        decision = seen = None
+        if error is None:
+            seen = self.outlook(inquiry) if self.outlook is not None else None
+            try:
+                decision = self._decide(request, inquiry.subset, traces)
+            except EppError as refused:
+                if seen is None or not (seen.waits and isinstance(refused, NoEndpointsError)):  # those who wait do so for an endpoint too
+                    error = refused
+            if seen is not None and seen.error is not None:  # it would have come first
+                decision, error = None, seen.error
+        reason = f"{error.http_status} {error.message}" if error is not None else ""
         answer = table(record(self._clock.now_s(), request, traces, decision, reason))
+        if seen is not None:
+            answer["flow_control"] = seen.about
         ready = self._datastore.ready.by_slot
         out = [e for e in self._datastore.endpoints.values() if e.slot not in ready]
         answer["left_out"] = [{"name": e.name, "address": e.destination, "state": e.state} for e in out[:LEFT_OUT_SHOWN_MAX]]

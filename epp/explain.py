@@ -13,12 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from epp.config.flag_types import positive
 from epp.errors import ConfigError, Problem, StartError
 
 TIMEOUT_S = 10.0
+"""Longer than the picker waits for a request's tokens."""
 ERROR_BYTES_MAX = 1 << 20
 DESCRIPTION = """\
-Ask a running picker where a request would go now, and why. Nothing is sent to an engine, nothing is charged or counted.
+Ask a running picker where a request would go now, and why; by its exact tokens where a tokenizer is configured, and with what flow
+control would do with it. Nothing is charged, counted or sent to an engine, but the question for tokens where engines tokenize; tokens
+may stay in caches.
 
   epp explain -d '{"model":"m","messages":[{"role":"user","content":"hi"}]}'
   epp explain -d @request.json --path /v1/completions -H 'x-session-id: 7'
@@ -37,7 +41,7 @@ def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-H", "--header", action="append", default=[], metavar="'NAME: VALUE'", help="a request header; repeat for more")
     parser.add_argument("--path", default="/v1/chat/completions", metavar="PATH", help="the request's path (default: %(default)s)")
     parser.add_argument("--subset", metavar="IP[:PORT],...", help="endpoints the gateway would allow")
-    parser.add_argument("--last", type=int, metavar="N", help="instead: the last N decisions made for real requests")
+    parser.add_argument("--last", type=positive, metavar="N", help="instead: the last N decisions made for real requests")
     parser.add_argument("--json", action="store_true", help="the answer as it came")
     access = parser.add_argument_group("a guarded port")
     access.add_argument("--token-file", default="", metavar="FILE", help="bearer token to show")
@@ -55,8 +59,11 @@ def explain(args: argparse.Namespace) -> int:
     """Exit code 0; 1 if the request would be refused."""
     picker = _Picker(args)
     if args.last is not None:
-        answer = picker.ask(f"/debug/decisions?limit={max(0, args.last)}")
+        answer = picker.ask(f"/debug/decisions?limit={args.last}")
         tables: list[dict[str, Any]] = answer["decisions"]
+        if not tables and not args.json:
+            sys.stderr.write("epp: no request was decided yet\n")
+            return 0
     else:
         asked = {"path": args.path, "headers": _headers(args.header), "body": _body(args.data)}
         if args.subset is not None:
@@ -77,7 +84,7 @@ def render(table: Mapping[str, Any]) -> Iterable[str]:
         about += f" -> {table['target_model']}"
     if "age_s" in table:
         about += f"  {table['age_s']:g} s ago"
-    yield f"{about}  about {table['prompt_tokens']} prompt tokens"
+    yield f"{about}  {_tokens(table['prompt_tokens'], table.get('tokens') or {})}"
     for each in table.get("left_out", ()):
         yield f"{each['name']} ({each['address']}) is no candidate: {each['state']}"
     for profile in table["profiles"]:
@@ -102,12 +109,52 @@ def render(table: Mapping[str, Any]) -> Iterable[str]:
         left_out = profile["endpoints_count"] - len(rows)
         if left_out:
             yield f"  ... and {left_out} more endpoints"
+    flow = table.get("flow_control") or {}
     if "error" in table:
         yield f"refused: {table['error']}"
-    else:
+    elif table["endpoint"] is not None:
         targets = "".join(f", {name} on {endpoint}" for name, endpoint in table["targets"].items())
-        yield f"-> {table['endpoint']} ({table['destination']}){targets}"
+        waits = ", were it let through now" if flow.get("verdict") == "waits" else ""
+        yield f"-> {table['endpoint']} ({table['destination']}){targets}{waits}"
+    if flow:
+        yield from _flow_control(flow)
     yield ""
+
+
+def _tokens(count: int, about: Mapping[str, Any]) -> str:
+    source, believed = about.get("source", ""), about.get("engines_believed")
+    text = f"{count} prompt tokens, by the {source}" if source in ("client", "tokenizer") else f"about {count} prompt tokens"
+    if source == "estimate" and about["outcome"] != "no_tokenizer":
+        text += f", estimated: {about['why']}"
+    if believed is not None:
+        text += f"; cached by the word of {_count(believed, 'engine')}, else by what was sent"
+    return text
+
+
+def _flow_control(flow: Mapping[str, Any]) -> Iterable[str]:
+    verdict, ahead = flow["verdict"], flow["ahead"]
+    line = f"flow control: {verdict}"
+    if verdict == "waits":
+        line += f", {flow['why']}: {ahead['higher_bands'] + ahead['band']} ahead"
+        own = f", {ahead['flow']} of them of its flow" if ahead["flow"] is not None else ""
+        line += f" ({ahead['higher_bands']} in higher bands, {ahead['band']} in its own{own})"
+        line += f", at most {flow['ttl_s']:g} s" if flow["ttl_s"] else ", without end"
+        line += f"; {flow['displaces']} that wait give way to it" if flow["displaces"] else ""
+    elif verdict == "refused":
+        retry_s = flow["retry_after_s"]
+        line += f" with {flow['status']}, {flow['why']}" + (f"; retry after {retry_s} s" if retry_s else "")
+    elif flow["why"]:
+        line += f", {flow['why']}"
+    yield line
+    full = f"saturation {flow['saturation']:.3g} of {flow['ceiling']:.3g}" if flow["saturation"] is not None else "no saturation"
+    yield (
+        f"  band {flow['band']}, flow {flow['fairness_id']}; {full} ({flow['detector']}, {_count(flow['candidates'], 'candidate')}); "
+        f"{flow['queued']} queued in all"
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
@@ -265,4 +312,4 @@ def _body(given: str | None) -> str | None:
     try:
         return sys.stdin.read() if given == "@-" else Path(given[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise _wrong("--data", f"{given[1:]} can't be read: {error}") from None
+        raise _wrong("--data", f"{given[1:]} can't be read: {getattr(error, 'strerror', None) or error}") from None

@@ -288,6 +288,8 @@ TOKEN_IDS = "tokens"  # noqa: S105 - no secret, a name
 """Of a request's attributes: the prompt's token ids where they are known, uint32 little-endian."""
 TOKEN_MEDIA = "tokens-media"  # noqa: S105 - a name too
 """And which of them stand for a picture, a video or a sound."""
+ASKED_ABOUT = "asked-about"
+"""Of a request nobody sent (`/debug/explain`): what it would get is worked out, and not counted."""
 
 
 class Usage(NamedTuple):

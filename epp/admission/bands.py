@@ -9,7 +9,8 @@ bands. Not here: who of a band is next (queues).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from math import ceil, exp, inf
 from typing import Protocol
 
@@ -146,6 +147,13 @@ class Band:
         self.size_bytes -= entry.size_bytes
         group.queued -= 1
 
+    def twin(self, groups: Mapping[Group, Group]) -> Band:
+        """Another with the same queued, for looking at alone; `groups`: whose backlogs they are there."""
+        made = copy(self)
+        made.backlogs = {groups.get(group, group): backlog for group, backlog in self.backlogs.items()}
+        made.crowds, made.drain = Crowds(self.flows), copy(self.drain)
+        return made
+
     def retry_after_s(self, now_s: float) -> int:
         """When what is queued now should be gone; the most there is to say while nothing leaves."""
         rate = self.drain.per_s(now_s)
@@ -174,7 +182,7 @@ class Bands:
         for template in (settings.default_band, settings.default_negative_band):
             if template is not None:
                 fairness_of(template.fairness, ledgers)  # what is wrong with it is told now, not to a request
-        self._sort()
+        self.sort()
 
     def full(self, band: Band, fairness_id: str, size_bytes: int, queued: Queued) -> str:
         """What a request of that size would exceed; empty: nothing. `queued`: in all bands."""
@@ -214,6 +222,13 @@ class Bands:
         excess = of_band._replace(requests=max(requests, of_band.requests), size_bytes=max(excess_bytes, of_band.size_bytes))
         return band.crowds.give_way(excess, among_equals=True)
 
+    def twin(self, groups: Mapping[Group, Group]) -> Bands:
+        """The same bands, of which others can be made, and old ones forgotten, unknown to this one."""
+        made = copy(self)
+        vars(made).update(_by_priority={priority: band.twin(groups) for priority, band in self._by_priority.items()})
+        made.sort()
+        return made
+
     def provision(self, priorities: Iterable[int], now_s: float) -> None:
         """There are objectives of these priorities: their bands are there before their requests, as usage limits go by all bands."""
         wanted = frozenset(priorities)
@@ -239,7 +254,7 @@ class Bands:
         if len(self._by_priority) >= BANDS_MAX:
             return self._nearest(priority)
         band = self._by_priority[priority] = Band(self._settings.band(priority), self._ledgers, made=True)
-        self._sort()
+        self.sort()
         return band
 
     def _nearest(self, priority: int) -> Band:
@@ -256,9 +271,9 @@ class Bands:
         for priority in idle:
             del self._by_priority[priority]
         if idle:
-            self._sort()
+            self.sort()
 
-    def _sort(self) -> None:
+    def sort(self) -> None:
         self.priorities = tuple(sorted(self._by_priority, reverse=True))
         self.all = tuple(self._by_priority[priority] for priority in self.priorities)
         self.positions = {band: position for position, band in enumerate(self.all)}

@@ -135,7 +135,13 @@ class FlowControl:
         ttl_s = given_s if given_s is not None else self._ttl_s(band)
         entry = Waiting(arrival, self._number, now_s, self._left, ttl_s=ttl_s, ttl_given=given_s is not None)
         entry.series = series
-        entry.order = band.order(request, arrival.started_s, now_s, ttl_s)
+        self._queue(entry, band, fairness_id, group)
+        series.entered(Outcome.DISPATCHED, self._clock.now_s() - now_s)
+        return entry
+
+    def _queue(self, entry: Waiting, band: Band, fairness_id: str, group: Group) -> None:
+        arrival, series, now_s = cast("Arrival", entry.arrival), entry.series, entry.queued_s
+        entry.order = band.order(arrival.request, arrival.started_s, now_s, entry.ttl_s)
         band.add(entry, fairness_id, group)
         self.requests += 1
         self.size_bytes += entry.size_bytes
@@ -145,8 +151,6 @@ class FlowControl:
         self._watch()
         if entry.backlog.alive == 1:  # what the first one waits for may be a matter of time alone
             self.changed()
-        series.entered(Outcome.DISPATCHED, self._clock.now_s() - now_s)
-        return entry
 
     def routed(self, request: LLMRequest, exchange: Exchange | None) -> None:
         """A request that was let through is charged to its endpoint; None: it was refused after all."""

@@ -10,6 +10,7 @@ Limits: `TENANTS_MAX`; while so many have a say in their windows further ones sh
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from copy import copy
 from math import floor
 
 from epp.admission.ledger import DEFAULT_FLOW
@@ -36,6 +37,11 @@ class Window:
         self.slots: deque[list[int]] = deque()
         """[slot, tokens], at most SLOTS + 2 of them."""
         self.used = 0
+
+    def twin(self) -> Window:
+        made = Window()
+        made.slots, made.used = deque(map(list, self.slots)), self.used
+        return made
 
     def slide(self, oldest: int) -> None:
         """Slots before that one count no more."""
@@ -66,6 +72,15 @@ class Rates:
 
     def __len__(self) -> int:
         return len(self._windows)
+
+    def twin(self, tenant: str) -> Rates:
+        """Another, to find out what would become of one request of that tenant's; what it may touch is its own."""
+        windows = OrderedDict(self._windows)
+        for name in {tenant, OTHERS, next(iter(windows), tenant)} & windows.keys():
+            windows[name] = windows[name].twin()
+        made = copy(self)
+        vars(made).update(_windows=windows)
+        return made
 
     def used(self, tenant: str, now_s: float) -> int:
         window = self._windows.get(tenant)

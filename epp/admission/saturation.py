@@ -11,7 +11,8 @@ that does not wait asks it at most every `REUSE_S`, and adds up what it sent mea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from math import inf
 from typing import Protocol
 
@@ -240,6 +241,19 @@ class Saturation:
         if not sums[0]:
             del self._sums[found.mask]
         return True
+
+    def twin(self) -> tuple[Saturation, Mapping[Group, Group]]:
+        """One that knows the same, of which this one learns nothing; and each of its groups by the one it stands for."""
+        groups = {group: copy(group) for group in self._groups.values()}
+        made = copy(self)
+        vars(made).update(
+            _groups={key: groups[group] for key, group in self._groups.items()},
+            _known={asked: groups[group] for asked, group in self._known.items() if group in groups},
+            _uncharged={request: copy(charge) for request, charge in self._uncharged.items()},
+            _sums={mask: list(sums) for mask, sums in self._sums.items()},
+            by_stage=dict(self.by_stage),
+        )
+        return made, groups
 
     @property
     def detector_name(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from copy import copy
 
 from epp.admission.ledger import DEFAULT_FLOW, Service
 from epp.admission.rates import Rates
@@ -39,6 +40,12 @@ class Tenants:
             self.rates.limit = limit
         else:
             self.rates = Rates(limit)
+
+    def twin(self, service: Service, tenant: str) -> Tenants:
+        """Another that counts one request of that tenant's for itself, and what is served in `service`."""
+        made = copy(self)
+        made.service, made.rates = service, self.rates.twin(tenant) if self.rates is not None else None
+        return made
 
     def named(self, request: LLMRequest) -> str:
         """The request's fairness id, which it has from now on."""

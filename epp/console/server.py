@@ -3,7 +3,7 @@
     GET  /metrics
     GET  /debug/decisions?limit=N   the last decisions, newest first, each with its table; no prompt text
     GET  /debug/endpoints           every endpoint: its load as known, its state
-    POST /debug/explain             what would be decided for the request in the body, and why; nothing is charged
+    POST /debug/explain             what flow control and the decision would make of the request in the body, and why; nothing is charged
     GET  /debug/plugins/state       what plugins say of themselves (hook `state`)
     GET  /drain                     who is going away
     POST /drain?endpoint=E          no new request for that endpoint (name, namespace/name or address); DELETE takes the mark away
@@ -26,6 +26,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage
 
+from epp.console.asking import Asking, AskTokens
 from epp.console.guard import DRAIN, Authorize, bearer, guard, same
 from epp.datastore import Datastore
 from epp.decisions import Decisions
@@ -80,13 +81,15 @@ class HttpServer:
         listen_problem: Callable[[str | None, int, OSError], str],
         authorize: Authorize | None = None,
         tls: ssl.SSLContext | None = None,
+        tokens: AskTokens | None = None,
     ) -> None:
         """`engine`: the family an endpoint's engine is of. `admin_token`: asked for with every use, so that it can be renewed; empty: there is none.
 
         `authorize`: asked before every request; None: everybody may. `tls`: None for plain HTTP; may require certificates of clients.
+        `tokens`: how to ask for a request's exact tokens.
         """
         self._metrics = metrics
-        self._director = director
+        self.asking = Asking(director, tokens)
         self._decisions = decisions
         self._plugins = plugins
         self._datastore = datastore
@@ -105,7 +108,8 @@ class HttpServer:
             app.router.add_get("/debug/endpoints", self._get_endpoints)
             app.router.add_post("/debug/explain", self._explain)
             app.router.add_get("/debug/plugins/state", self._plugin_states)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, logger=_http_log)
+        # handler_cancellation: who leaves `/debug/explain` is not waited for; all else that is awaited bears it
+        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, logger=_http_log, handler_cancellation=True)
         self.port = 0
 
     async def start(self, host: str | None, port: int) -> None:
@@ -173,7 +177,7 @@ class HttpServer:
         body = None if asked.body is None else asked.body.encode()
         subset = None if asked.subset is None else tuple(asked.subset)
         try:
-            return _json(self._director.explain(explained, body, subset))
+            return _json(await self.asking.explain(explained, body, subset))
         except Exception as error:  # noqa: BLE001 - a plugin's bug: the request itself would be a 500 too
             _log.exception("a request can't be explained")
             return _json({"error": f"the request fails with {type(error).__name__}; the picker's log says where"}, 500)

@@ -22,7 +22,7 @@ from epp.prefix.columns import walk
 from epp.prefix.kv_events import BlockStored, Event
 from epp.prefix.precise import TIER_WEIGHTS, UNNAMED_LOST_BLOCKS, Cached, PreciseIndex, hashes_of, seed
 from epp.prefix.token_check import TokenCheck
-from epp.types import TOKEN_BYTES, TOKEN_IDS, TOKEN_MEDIA, Decision, Endpoint, LLMRequest, PrefixMatch, Snapshot, Usage
+from epp.types import ASKED_ABOUT, TOKEN_BYTES, TOKEN_IDS, TOKEN_MEDIA, Decision, Endpoint, LLMRequest, PrefixMatch, Snapshot, Usage
 
 _log = logging.getLogger("epp.prefix")
 
@@ -148,7 +148,8 @@ class KvView:
         tokens = tokens_of(request)
         wrong = request.target_model in self.check.wrong
         trusted = self.precise.trusted_mask & candidates.mask if tokens and not wrong else 0
-        self.approximated += not tokens or wrong
+        counted = ASKED_ABOUT not in request.attributes
+        self.approximated += counted and (not tokens or wrong)
         is_first = request.prefix is None
         rest = Snapshot(candidates.endpoints, candidates.mask & ~trusted, candidates.by_slot) if trusted else candidates
         self._approximate.match(name, request, rest)
@@ -159,11 +160,14 @@ class KvView:
         blocks = self._blocks(request, tokens)
         found = PreciseMatch(match, match.matched_tokens, list(blocks.values()), trusted, self._forgotten)
         if trusted:
-            self._look_up(found, blocks, trusted, len(tokens) // TOKEN_BYTES)
+            deepest = self._look_up(found, blocks, trusted, len(tokens) // TOKEN_BYTES)
+            self.lookups += counted
+            self.blocks_found += counted * deepest
         request.attributes[name] = found
         if is_first:
             request.prefix = found
-        self.lookup_s.observe(self._now_s() - started_s)
+        if counted:
+            self.lookup_s.observe(self._now_s() - started_s)
 
     def picked(self, name: str, request: LLMRequest, decision: Decision) -> None:
         """Whoever decodes the prompt will hold it, and whoever prefills it."""
@@ -252,8 +256,8 @@ class KvView:
             found[size] = hashes_of(part, size, seed(lora, salt, size), _extras(media, size))
         return found
 
-    def _look_up(self, match: PreciseMatch, blocks: Mapping[int, list[int]], trusted: int, tokens: int) -> None:
-        self.lookups += 1
+    def _look_up(self, match: PreciseMatch, blocks: Mapping[int, list[int]], trusted: int, tokens: int) -> int:
+        """Blocks of the endpoint that has most."""
         deepest = 0
         for size, hashes in blocks.items():
             usable = hashes[: (tokens - 1) // size]
@@ -262,7 +266,7 @@ class KvView:
                 continue
             _add(match, cached)
             deepest = max(deepest, max(cached.tokens.values()) // size)
-        self.blocks_found += deepest
+        return deepest
 
     def _stored(self, slot: int, hashes: Sequence[int]) -> int:
         return self.precise.stored(slot, hashes) if self.precise.trusted(slot) else -1

@@ -33,6 +33,8 @@ from epp.tokenize.tokens import Tokens, put
 from epp.types import Endpoint
 
 EXACT, CANCELLED = "exact", "cancelled"
+NO_TOKENIZER, NOTHING = "no_tokenizer", "nothing_to_tokenize"
+"""Told to those who only ask."""
 LIMITS = {TIMEOUT: "tokenize_time", FULL: "tokenize_queue", TOO_LONG: "tokenize_bytes"}
 """Outcome -> the limit that was hit."""
 
@@ -115,20 +117,35 @@ class TokenStage:
                 await poster.close()
 
     def begin(self, arrival: Arrival) -> _Wait | None:
+        return self._begin(arrival, self)
+
+    def inquire(self, arrival: Arrival, told: Callable[[str], None]) -> _Wait | None:
+        """As `begin`, for a request that is only asked about: nothing is counted, but a cache of tokens may be filled.
+
+        `told`: the outcome, once, before the wait is over, or before this returns None.
+        """
+        if self._backend is None or self._tasks is None:
+            told(NO_TOKENIZER)
+            return None
+        return self._begin(arrival, _Inquired(told))
+
+    def _begin(self, arrival: Arrival, book: TokenStage | _Inquired) -> _Wait | None:
+        """`book`: who notes what becomes of it."""
         backend = self._backend
         if backend is None or self._tasks is None:
             return None
         kind = kind_of(arrival)
         if not kind or arrival.body is None:
+            book.passed()
             return None
         request = arrival.request
         ask = Ask(kind, arrival.body, request.target_model or request.model, request.media, request.pool)
-        wait = _Wait(self, arrival)
+        wait = _Wait(book, arrival)
         started = backend.start(ask, wait.finish)
         if isinstance(started, str | Tokens):
-            self.settle(arrival, started)
+            book.settle(arrival, started)
             return None
-        self.waiting += 1
+        book.began()
         wait.begun(started, self._clock.now_s(), self._call_later(backend.timeout_s(ask), wait.expire))
         return wait
 
@@ -139,6 +156,15 @@ class TokenStage:
         return {"waiting": self.waiting, "outcomes": dict(self.outcomes), **held}
 
     # What waits calls these.
+
+    def passed(self) -> None:
+        """Nothing to tokenize."""
+
+    def began(self) -> None:
+        self.waiting += 1
+
+    def left(self) -> None:
+        self.outcomes[CANCELLED] += 1
 
     def settle(self, arrival: Arrival, result: Tokens | str) -> None:
         if isinstance(result, Tokens):
@@ -224,14 +250,36 @@ async def _guarded(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         _log.error("tokenizing failed", extra={"fields": {"error": type(error).__name__}})
 
 
+class _Inquired:
+    """In the stage's place for a request that is only asked about: tells, and counts nothing."""
+
+    def __init__(self, told: Callable[[str], None]) -> None:
+        self._told = told
+
+    def passed(self) -> None:
+        self._told(NOTHING)
+
+    def settle(self, arrival: Arrival, result: Tokens | str) -> None:
+        if isinstance(result, Tokens):
+            put(arrival.request, result)
+            result = EXACT
+        self._told(result)
+
+    def began(self) -> None: ...
+
+    def left(self) -> None: ...
+
+    def over(self, begun_s: float) -> None: ...
+
+
 class _Wait:
     """One request's wait."""
 
-    __slots__ = ("_arrival", "_begun_s", "_over", "_stage", "_started", "_timer", "error")
+    __slots__ = ("_arrival", "_begun_s", "_book", "_over", "_started", "_timer", "error")
 
-    def __init__(self, stage: TokenStage, arrival: Arrival) -> None:
+    def __init__(self, book: TokenStage | _Inquired, arrival: Arrival) -> None:
         self.error: EppError | None = None
-        self._stage = stage
+        self._book = book
         self._arrival = arrival
         self._over = False
         self._begun_s = 0.0
@@ -244,19 +292,19 @@ class _Wait:
     def finish(self, result: Tokens | str) -> None:
         """Called by what finds the tokens."""
         if self._end():
-            self._stage.settle(self._arrival, result)
+            self._book.settle(self._arrival, result)
             self._arrival.wake()
 
     def expire(self) -> None:
         if self._end():
             self._abandon()
-            self._stage.settle(self._arrival, TIMEOUT)
+            self._book.settle(self._arrival, TIMEOUT)
             self._arrival.wake()
 
     def cancel(self) -> None:
         if self._end():
             self._abandon()
-            self._stage.outcomes[CANCELLED] += 1
+            self._book.left()
 
     def _end(self) -> bool:
         if self._over:
@@ -264,7 +312,7 @@ class _Wait:
         self._over = True
         if self._timer is not None:
             self._timer.cancel()
-        self._stage.over(self._begun_s)
+        self._book.over(self._begun_s)
         return True
 
     def _abandon(self) -> None:

@@ -337,6 +337,26 @@ async def test_the_last_decisions(capsys: pytest.CaptureFixture[str]) -> None:
         assert [each["model"] for each in json.loads(capsys.readouterr().out)["decisions"]] == ["c", "b", "a"]
 
 
+async def test_before_the_first_decision_there_is_none_to_show(capsys: pytest.CaptureFixture[str]) -> None:
+    async with console(core()) as page:
+        assert await page.run("--last", "2") == 0
+        seen = capsys.readouterr()
+        assert (seen.out, seen.err) == ("", "epp: no request was decided yet\n")
+        assert await page.run("--last", "2", "--json") == 0
+        assert '"decisions": []' in capsys.readouterr().out
+
+
+def test_no_decisions_can_not_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "--last", "0"])
+    assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_a_body_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["explain", "-d", f"@{tmp_path}/none"]) == 2
+    assert capsys.readouterr().err.endswith(f"--data: {tmp_path}/none can't be read: No such file or directory\n")
+
+
 async def test_no_picker_there_is_exit_code_1_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     async with console(core(1), debug=False, kept=False) as page:
         assert await page.run("-d", "{}") == 1
