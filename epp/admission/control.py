@@ -109,11 +109,12 @@ class FlowControl:
         fairness_id = self.tenants.named(request)
         band = self.bands.of(request.priority, now_s)
         series = self.counts.of(request, fairness_id, band.priority)
-        try:
-            self.tenants.admit(request, now_s)
-        except EppError:
-            series.ended(Outcome.REJECTED_OTHER, 0.0)
-            raise
+        if self.tenants.rates is not None:
+            try:
+                self.tenants.rates.admit(request, now_s)
+            except EppError:
+                series.ended(Outcome.REJECTED_OTHER, 0.0)
+                raise
         group = self.saturation.group(arrival, now_s)
         if (group.state == EMPTY and not self.settings.waits_for_endpoints) or self._gate.passes(band, group, now_s):
             band.drain.add(now_s)
@@ -121,8 +122,7 @@ class FlowControl:
                 self._passed = request
                 self.service.sent(request, 0.0, now_s)
                 self.saturation.passed(request.prompt_tokens, group)
-            series.ended(Outcome.DISPATCHED, 0.0)
-            series.entered(Outcome.DISPATCHED, self._clock.now_s() - now_s)
+            series.passed(self._clock.now_s() - now_s)
             return None
         refused = self._refused(band, group, request, given_s, now_s)
         if refused is not None:

@@ -10,7 +10,7 @@ from math import inf
 
 from epp.admission.bands import Band, Bands
 from epp.admission.eviction import Evictor, Need
-from epp.admission.saturation import EMPTY, PASSING, REUSE_S, USABLE, Group, Saturation
+from epp.admission.saturation import EMPTY, PASSING, REUSE_S, ROUNDED_UP, USABLE, Group, Saturation
 from epp.admission.settings import UsageLimit
 
 
@@ -35,8 +35,10 @@ class Gate:
                     return False
                 if each is band:
                     break
-        if now_s - group.at_s < REUSE_S and self._open(band, group, now_s):
-            return True
+        if now_s - group.at_s < REUSE_S:
+            usage = group.saturation + group.charges * ROUNDED_UP  # `group.estimate`, and `_open`, without the calls
+            if usage < self.limit.ceiling(self.bands.positions[band], self.bands.priorities, usage, now_s):
+                return True
         self.saturation.look(group, now_s)
         return self._open(band, group, now_s)
 

@@ -167,7 +167,8 @@ class Service:
     def sent(self, request: LLMRequest, wait_s: float, now_s: float) -> None:
         """It was let through after that long."""
         tenant = request.fairness_id or DEFAULT_FLOW
-        for ledger in (self.tokens, *self.of_policies.values()):
+        self.tokens.sent(tenant, request.prompt_tokens, wait_s, now_s)
+        for ledger in self.of_policies.values():
             ledger.sent(tenant, request.prompt_tokens, wait_s, now_s)
 
     def returned(self, request: LLMRequest, now_s: float) -> None:

@@ -19,13 +19,24 @@ Key = tuple[str, int, str, str, str]
 class FlowSeries:
     """Of one (fairness id, priority, pool, model, target model). About 1 KB."""
 
-    __slots__ = ("enqueue_s", "queue_s", "queued", "size_bytes")
+    __slots__ = ("_at_once", "_passing_s", "enqueue_s", "queue_s", "queued", "size_bytes")
 
     def __init__(self) -> None:
         self.queued = 0
         self.size_bytes = 0
         self.queue_s: dict[Outcome, Histogram] = {}
         self.enqueue_s: dict[Outcome, Histogram] = {}
+        self._at_once: Histogram | None = None
+        """Of those that were let through, as is the next one: found once."""
+        self._passing_s: Histogram
+
+    def passed(self, took_s: float) -> None:
+        """It was let through without a wait: `ended` and `entered` in one."""
+        if self._at_once is None:
+            self._at_once = self.queue_s.setdefault(Outcome.DISPATCHED, Histogram(QUEUE_S))
+            self._passing_s = self.enqueue_s.setdefault(Outcome.DISPATCHED, Histogram(SCHEDULER_S))
+        self._at_once.counts[0] += 1
+        self._passing_s.observe(took_s)
 
     def ended(self, outcome: Outcome, wait_s: float) -> None:
         """The one outcome of a request."""

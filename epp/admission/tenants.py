@@ -62,11 +62,6 @@ class Tenants:
                 break
         return request.fairness_id or DEFAULT_FLOW
 
-    def admit(self, request: LLMRequest, now_s: float) -> None:
-        """Raises RateLimitedError."""
-        if self.rates is not None:
-            self.rates.admit(request, now_s)
-
     def returned(self, request: LLMRequest, now_s: float, *, sent: bool = False) -> None:
         """It is not served after all. `sent`: it had been let through."""
         if sent:
