@@ -172,6 +172,8 @@ class Picker:
 
     def _make_servers(self, options: ServeOptions, clock: Clock, director: Director, decisions: Decisions | None) -> None:
         """The three ports. Raises ConfigError or StartError."""
+        if options.admin_token_file and not self._admin_token():
+            _log.warning("the admin token can't be read, or is empty: nobody has it", extra={"fields": {"file": options.admin_token_file}})
         limits = H2Limits(
             message_bytes_max=options.max_body_bytes + MEBIBYTE,
             streams_max=options.max_streams,
@@ -384,4 +386,4 @@ async def serve(options: ServeOptions) -> int:
         async with picker.serving():
             await signals.stop.wait()
             await picker.drain(signals.hurry)
-    return 0
+    return signals.exit_code

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 
 from epp import __version__
 from epp.config.options import add_picker_arguments, add_serve_arguments, ignored_flags, port, serve_options
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         description="Serve ext_proc for an existing gateway. Example: epp serve --endpoint 10.0.0.5:8000 --endpoint 10.0.0.6:8000",
     )
     add_serve_arguments(serve)
-    serve.set_defaults(run=_serve)
+    serve.set_defaults(run=_serve, parser=serve)
 
     up = commands.add_parser(
         "up",
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         description="Start the picker and a real Envoy. Example: epp up --endpoint 127.0.0.1:8000 --endpoint 127.0.0.1:8001 --listen :8080",
     )
     _add_up_arguments(up)
-    up.set_defaults(run=_up)
+    up.set_defaults(run=_up, parser=up)
 
     envoy_config = commands.add_parser(
         "envoy-config",
@@ -54,9 +55,10 @@ def parser() -> argparse.ArgumentParser:
         description="Print (and with --validate check) the Envoy bootstrap for these endpoints.",
     )
     _add_up_arguments(envoy_config)
-    envoy_config.add_argument("--epp", default="127.0.0.1:9002", metavar="HOST:PORT", help="where the picker serves (default: %(default)s)")
+    envoy_config.add_argument("--epp", default="127.0.0.1:9002", metavar="HOST:PORT",
+        help="where the picker serves, in plaintext: epp serve --secure-serving=false (default: %(default)s)")  # fmt: skip
     envoy_config.add_argument("--validate", action="store_true", help="let Envoy check it before it is printed")
-    envoy_config.set_defaults(run=_envoy_config)
+    envoy_config.set_defaults(run=_envoy_config, parser=envoy_config)
 
     explain = commands.add_parser(
         "explain",
@@ -65,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_explain_arguments(explain)
-    explain.set_defaults(run=_explain)
+    explain.set_defaults(run=_explain, parser=explain)
 
     doctor = commands.add_parser(
         "doctor",
@@ -74,13 +76,13 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_doctor_arguments(doctor)
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(run=_doctor, parser=doctor)
 
     check = commands.add_parser(
         "check", help="is this EndpointPickerConfig right?", description="Check a configuration; every fault is listed with its path."
     )
     add_config_arguments(check, optional=False)
-    check.set_defaults(run=_offline("check"))
+    check.set_defaults(run=_offline("check"), parser=check)
 
     config = commands.add_parser("config", help="the effective configuration").add_subparsers(dest="what", required=True, metavar="COMMAND")
     shown = config.add_parser(
@@ -89,19 +91,20 @@ def parser() -> argparse.ArgumentParser:
         description="Print a configuration as it takes effect: defaults filled in, passwords left out.",
     )
     add_config_arguments(shown, optional=True)
-    shown.set_defaults(run=_offline("print_config"))
+    shown.set_defaults(run=_offline("print_config"), parser=shown)
 
     plugins = commands.add_parser("plugins", help="what there is to configure").add_subparsers(
         dest="what", required=True, metavar="COMMAND"
     )
-    plugins.add_parser("list", help="every plugin type").set_defaults(run=_offline("list_plugins"))
+    every = plugins.add_parser("list", help="every plugin type")
+    every.set_defaults(run=_offline("list_plugins"), parser=every)
     one = plugins.add_parser("show", help="one type: its formula, parameters and defaults")
     one.add_argument("type", metavar="TYPE", help="a plugin type, or MODULE:CLASS")
-    one.set_defaults(run=_offline("show_plugin"))
+    one.set_defaults(run=_offline("show_plugin"), parser=one)
 
     sim = commands.add_parser("sim", help="simulated model servers: vLLM's API and metrics, no GPU", description="Serve simulated engines.")
     add_sim_arguments(sim)
-    sim.set_defaults(run=_sim)
+    sim.set_defaults(run=_sim, parser=sim)
 
     demo = commands.add_parser(
         "demo",
@@ -109,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
         description="The whole thing on one machine, in a minute.",
     )
     add_demo_arguments(demo)
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, parser=demo)
     return top
 
 
@@ -118,8 +121,19 @@ def with_command(argv: Sequence[str]) -> Sequence[str]:
     return ("serve", *argv) if argv and argv[0].startswith("-") and argv[0] not in _OWN_FLAGS else argv
 
 
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """Exits with 2, as argparse does, but names the command and what a flag there is none of may have been meant for."""
+    args, unknown = parser().parse_known_args(with_command(argv))
+    if unknown:
+        command: argparse.ArgumentParser = args.parser
+        flags = [flag for flag in command._option_string_actions if flag.startswith("--")]  # noqa: SLF001 - there is no public way
+        near = get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        command.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(with_command(sys.argv[1:] if argv is None else argv))
+    args = parsed(sys.argv[1:] if argv is None else argv)
     if "verbosity" in args:
         logs.setup(verbosity=args.verbosity, encoder=args.zap_encoder)
     try:
@@ -132,6 +146,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:  # Python 3.11 wraps what comes while a class is made, as in the imports of a command
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            return 130
+        raise
     except BrokenPipeError:  # the reader of our output left: `epp plugins list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -140,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_up_arguments(command: argparse.ArgumentParser) -> None:
+    command.usage = f"{command.prog} [OPTION ...]"  # all of them would be a page before every error
     add_picker_arguments(command)
     add_envoy_arguments(command)
     command.add_argument("--metrics-port", type=port, default=9090, metavar="PORT", help="the picker's /metrics (default: %(default)s)")
@@ -196,11 +215,8 @@ def _sim(args: argparse.Namespace) -> int:
     from epp.sim.options import sim_options
     from epp.sim.server import serve_engines
 
-    async def serve() -> int:
-        await serve_engines(sim_options(args))
-        return 0
-
-    return run(serve)
+    options = sim_options(args)
+    return run(lambda: serve_engines(options))
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -7,7 +7,9 @@ import inspect
 import random
 import re
 import sys
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -18,15 +20,22 @@ from epp.clock import MonotonicClock
 from epp.config import effective
 from epp.config.load import load
 from epp.config.secrets import hidden
+from epp.config.units import Duration, OptionalDuration
 from epp.config.walk import suggestion
-from epp.errors import ConfigError, Problem
+from epp.datastore import Datastore
+from epp.errors import ConfigError, Problem, StartError
+from epp.kv_routing import KvRouting
 from epp.plugins.base import Plugin
-from epp.plugins.registry import Registry
+from epp.plugins.registry import Registry, UnknownPluginError
 from epp.scheduling.build import Built, build
 
 _LIMITS = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
 _MODULE = re.compile(r"\b(?:\w+\.)+(?=\w)")
 _WORDS: dict[type, str] = {NoneType: "null"}
+_FLOW_CONTROL = {
+    "safe": "Flow control has its safe form, for the gate flowControl is not written (docs/flow-control.md)",
+    "off": "Flow control is off, by the gate flowControl",
+}
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool) -> None:
@@ -46,7 +55,7 @@ def check(args: argparse.Namespace) -> int:
             code = 2
             continue
         config = built.config
-        for warning in config.warnings:
+        for warning in (*config.warnings, *_missing_here(built)):
             print(f"{source}: warning: {warning}", file=sys.stderr)
         profiles = ", ".join(f"{profile.name} ({len(profile.plugins)} plugins)" for profile in config.scheduling_profiles)
         print(f"{source}: valid: {len(config.plugins)} plugins; profiles: {profiles}")
@@ -54,8 +63,11 @@ def check(args: argparse.Namespace) -> int:
 
 
 def print_config(args: argparse.Namespace) -> int:
-    """The effective configuration: defaults and automatic producers filled in, passwords left out."""
+    """The effective configuration: defaults and automatic producers filled in, passwords left out; and which form flow control has."""
     built, _ = _built(args.file, allow_experimental=args.allow_experimental_plugins)
+    form = _FLOW_CONTROL.get(built.config.flow_control_mode)
+    if form:
+        sys.stdout.write(f"# {form}: of the block flowControl only saturationDetector has an effect, on what is shed\n")
     plugins = tuple(msgspec.structs.replace(spec, parameters=hidden(spec.parameters)) for spec in built.config.plugins)
     sys.stdout.write(effective.to_yaml(msgspec.structs.replace(built.config, plugins=plugins), Registry()))
     return 0
@@ -78,6 +90,8 @@ def show_plugin(args: argparse.Namespace) -> int:
     registry = Registry()
     if args.type not in registry.types() and ":" not in args.type:
         raise ConfigError("command line", [Problem("TYPE", f"unknown plugin type {args.type!r}{suggestion(args.type, registry.types())}")])
+    with _told("command line", "TYPE"):
+        registry.load(args.type)
     sys.stdout.write("\n".join(_about(registry, args.type)) + "\n")
     return 0
 
@@ -125,6 +139,8 @@ def _first_line(cls: type[Plugin]) -> str:
 
 def _type_name(of: Any) -> str:
     """`Annotated[float, Meta(ge=0, le=1)]` as people write it: `float, at least 0, at most 1`."""
+    if of in (Duration, OptionalDuration):
+        return "duration"
     if get_origin(of) is Annotated:
         inner, *notes = get_args(of)
         limits = [f"{word} {value:g}" for note in notes for name, word in _LIMITS if (value := getattr(note, name, None)) is not None]
@@ -164,5 +180,30 @@ def _built(file: str | None, *, allow_experimental: bool) -> tuple[Built, str]:
         if not text.strip():
             raise ConfigError(source, [Problem("", "is empty")])
     registry = Registry()
-    config = load(text, source=source, catalogue=registry, allow_experimental=allow_experimental)
-    return build(config, registry, random.Random(0), MonotonicClock(), source=source), source  # noqa: S311 - nothing is drawn
+    with _told(source, "plugins"):
+        config = load(text, source=source, catalogue=registry, allow_experimental=allow_experimental)
+        return build(config, registry, random.Random(0), MonotonicClock(), source=source), source  # noqa: S311 - nothing is drawn
+
+
+def _missing_here(built: Built) -> Iterator[str]:
+    """Files and packages it needs that this machine lacks: where the picker runs they may be there."""
+    clock = MonotonicClock()
+    try:
+        KvRouting(Datastore(clock), clock, random.Random(0), built.plugins.values())  # noqa: S311 - nothing is drawn
+    except (ValueError, StartError) as error:
+        yield f"plugins: a picker would not start here: {error}"
+
+
+@contextmanager
+def _told(source: str, path: str) -> Iterator[None]:
+    """What code of others' making does when it is imported or made, as a fault that says where, and not as a stack of ours."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except UnknownPluginError as error:
+        raise ConfigError(source, [Problem(path, str(error))]) from None
+    except Exception as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        message = f"one can't be made: {type(error).__name__}: {error} ({last.filename}:{last.lineno})"
+        raise ConfigError(source, [Problem(path, message)]) from error

@@ -72,8 +72,6 @@ class Policy:
         except ConfigError:
             raise
         except Exception as error:
-            if before is None:
-                raise
             _log.exception("a plugin can't be made", extra={"fields": {"source": source}})  # of others' making: what runs goes on
             raise ConfigError(source, [Problem("plugins", f"one can't be made: {type(error).__name__}: {error}")]) from error
         for warning in built.config.warnings:

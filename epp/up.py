@@ -55,6 +55,8 @@ async def print_envoy_config(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise ConfigError("command line", [Problem("--epp", str(error))]) from None
     endpoints = [spec.address for spec in parse_endpoints(options.endpoints)]
+    if not endpoints and args.destination is not Destination.ORIGINAL_DST:
+        raise ConfigError("command line", [Problem("--endpoint", "at least one is needed, or --destination original-dst")])
     settings = envoy_options(args, endpoints=endpoints, epp=address, epp_tls=False)
     if args.validate:
         await EnvoyProcess(settings).validate()

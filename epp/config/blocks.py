@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
+
 from epp.config.references import References
 from epp.config.schema import DEFAULT_DETECTOR, DataLayer, DataLayerSource, FlowControl, PriorityBand, RequestHandler
 from epp.config.walk import Walk
@@ -73,18 +75,21 @@ def request_handler(walk: Walk, value: Any, old_parser: Any, refs: References) -
     return RequestHandler(parsers=tuple(filter(None, parsers)))
 
 
-def flow_control(walk: Walk, value: Any, old_detector: Any, refs: References, *, on: bool) -> FlowControl:
-    """`old_detector`: the deprecated top-level field, which counts where the new one is not written.
+def flow_control(walk: Walk, value: Any, old_detector: Any, refs: References, *, gate: bool | None) -> FlowControl:
+    """`old_detector`: the deprecated top-level field, which counts where the new one is not written. `gate`: None where it is not written.
 
     With the gate off the reference picker never looks at policies and bands: what is wrong with them is a warning then, not a fault.
     """
     fields = _block(walk, value, "flowControl", _FLOW_CONTROL)
     default = FlowControl()
 
+    said: list[str] = []
+
     def unused(path: str, message: str) -> None:
+        said.append(path)
         walk.warn(path, f"{message} (without effect: the gate flowControl is off)")
 
-    report = walk.fault if on else unused
+    report = walk.fault if gate else unused
     bands = _bands(walk, fields.get("priorityBands"), refs, report)
     usage_limit = walk.text(fields.get("usageLimitPolicyPluginRef"), "flowControl.usageLimitPolicyPluginRef") or default.usage_limit_policy
     refs.check(usage_limit, "flowControl.usageLimitPolicyPluginRef", "usage-limit-policy", report=report)
@@ -93,7 +98,7 @@ def flow_control(walk: Walk, value: Any, old_detector: Any, refs: References, *,
     negative = None
     if "defaultNegativePriorityBand" in fields:
         negative = _band(walk, fields["defaultNegativePriorityBand"], "flowControl.defaultNegativePriorityBand", refs, report)
-    return FlowControl(
+    found = FlowControl(
         bytes_max=walk.quantity(fields.get("maxBytes"), "flowControl.maxBytes", default.bytes_max),
         requests_max=walk.quantity(fields.get("maxRequests"), "flowControl.maxRequests", default.requests_max),
         default_request_ttl_s=ttl_s,
@@ -105,6 +110,10 @@ def flow_control(walk: Walk, value: Any, old_detector: Any, refs: References, *,
         saturation_detector=_detector(walk, fields.get("saturationDetector"), old_detector, refs),
         enable_eviction=walk.boolean(fields.get("enableEviction"), "flowControl.enableEviction", default.enable_eviction),
     )
+    if not (gate or said) and msgspec.structs.replace(found, saturation_detector=default.saturation_detector) != default:
+        why = "the gate flowControl is off" if gate is False else "it does with featureGates: [flowControl=true]"
+        walk.warn("flowControl", f"nothing of it but saturationDetector has an effect: {why}")
+    return found
 
 
 def _detector(walk: Walk, value: Any, old: Any, refs: References) -> str:

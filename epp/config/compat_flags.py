@@ -42,8 +42,9 @@ _TEXTS = (
 _REFRESH = _Inert("--refresh-prometheus-metrics-interval", "the pool's averages are computed whenever /metrics is read")
 _RECEIVE = _Inert("--grpc-max-recv-msg-size", "a message may be as long as --max-body-bytes", (0,))
 _SEND = _Inert("--grpc-max-send-msg-size", "replies are never longer than the body they answer", (0,))
+_WORKERS = _Inert("--workers", "there is one process; it serves tens of thousands of requests a second", (1,))
 _PORT = _Inert("--model-server-metrics-port", "give metrics-data-source the parameter port", (0,))
-_ALL = (*_SWITCHES, *_TEXTS, _REFRESH, _RECEIVE, _SEND, _PORT)
+_ALL = (*_SWITCHES, *_TEXTS, _REFRESH, _RECEIVE, _SEND, _PORT, _WORKERS)
 _TLS_VERSIONS = ("", "VersionTLS10", "VersionTLS11", "VersionTLS12", "VersionTLS13")
 
 REMOVED = (

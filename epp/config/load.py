@@ -101,7 +101,7 @@ def _config(walk: Walk, document: Any, catalogue: Catalogue, allow_experimental:
         data_layer=blocks.data_layer(walk, fields.get("dataLayer"), refs),
         request_handler=blocks.request_handler(walk, fields.get("requestHandler"), fields.get("parser"), refs),
         flow_control=blocks.flow_control(
-            walk, fields.get("flowControl"), fields.get("saturationDetector"), refs, on=gates.get(FLOW_CONTROL_GATE, False)
+            walk, fields.get("flowControl"), fields.get("saturationDetector"), refs, gate=gates.get(FLOW_CONTROL_GATE)
         ),
         warnings=tuple(walk.warnings),
     )

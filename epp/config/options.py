@@ -19,6 +19,7 @@ __all__ = ["MEBIBYTE", "ServeOptions", "add_picker_arguments", "add_serve_argume
 MEBIBYTE = 1 << 20
 POOLS_MAX = 64
 """Pools of one picker."""
+_PORTS = ("--grpc-port", "--grpc-health-port", "--metrics-port")
 TARGET_PORTS_MAX = 8
 """Ports of one model server, as in an InferencePool."""
 
@@ -161,6 +162,11 @@ def _clashes(given: Mapping[str, Any]) -> list[Problem]:
         problems.append(Problem("--endpoint-selector", "needs --endpoint-target-ports"))
     if len(ports) > TARGET_PORTS_MAX:
         problems.append(Problem("--endpoint-target-ports", f"at most {TARGET_PORTS_MAX} ports, not {len(ports)}"))
+    taken: dict[int, str] = {}
+    for flag in _PORTS:
+        number = given.get(flag.removeprefix("--").replace("-", "_"), 0)
+        if number and taken.setdefault(number, flag) != flag:
+            problems.append(Problem(flag, f"{number} is taken by {taken[number]}"))
     if given.get("metrics_client_ca_file") and not given.get("metrics_cert_dir"):
         problems.append(Problem("--metrics-client-ca-file", "needs --metrics-cert-dir"))
     if given.get("metrics_cert_dir") and not given.get("metrics_client_ca_file") and given.get("metrics_endpoint_auth") is False:

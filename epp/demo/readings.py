@@ -1,4 +1,4 @@
-"""What the engines and the picker say of themselves, out of their `/metrics` pages. Pure."""
+"""What the engines and the picker say of themselves, out of their `/metrics` pages; and Linux of this process. Pure."""
 
 from __future__ import annotations
 
@@ -67,3 +67,21 @@ def hit_rate(readings: Sequence[EngineReading]) -> float:
 
 def _sum(page: bytes, family: bytes) -> float:
     return sum(value for _, value in find_all(page, family) if math.isfinite(value))
+
+
+class CpuTime(NamedTuple):
+    """Of a process since it started."""
+
+    used_s: float
+    waited_s: float
+    """Ready to run, and others had the CPUs."""
+
+    def crowded(self, start: CpuTime) -> float:
+        """How many times as long as it ran it waited, since `start`."""
+        return (self.waited_s - start.waited_s) / max(1e-9, self.used_s - start.used_s)
+
+
+def cpu_time(schedstat: str) -> CpuTime:
+    """From the text of a `/proc/PID/schedstat`. Raises ValueError."""
+    used_ns, waited_ns, _slices = map(int, schedstat.split())
+    return CpuTime(used_ns / 1e9, waited_ns / 1e9)

@@ -22,7 +22,7 @@ import msgspec
 
 from epp.demo import DemoOptions, demo_options
 from epp.demo.client import play, send
-from epp.demo.readings import EngineReading, engine_reading, hit_rate, picks, picks_since
+from epp.demo.readings import CpuTime, EngineReading, cpu_time, engine_reading, hit_rate, picks, picks_since
 from epp.demo.results import Summary, Tally, report, summarise
 from epp.demo.workload import CHAT, ChatSession, Conversation, Turn, chat_sessions, read_trace
 from epp.engines.fetch import Fetcher, FetchError, HttpFetcher
@@ -48,6 +48,9 @@ TRACE_KV_BLOCKS = 65_536
 SHOW_INTERVAL_S = 0.25
 RESET_S = 5.0
 INTERRUPTED = 130
+SCHEDSTAT = Path("/proc/self/schedstat")
+CROWDED = 1.0
+"""Waiting longer for a CPU than having one: whatever else runs on this machine is then in every time that is shown."""
 
 
 class Meter:
@@ -168,12 +171,15 @@ async def _run(options: DemoOptions, load: Load, view: View) -> int:
         meter = Meter(parts, fetcher)
         view.say("warming up ...")
         await _warm_up(parts)
+        before = _cpu_time()
         summaries: list[Summary] = []
         for name in (ROUND_ROBIN, PICKER):
             await _reset_caches(parts)
             summaries.append(await _phase(name, options, load, meter, view))
+        after = _cpu_time()
     baseline, picker = summaries
-    view.conclude(baseline, picker, _notes(options, summaries))
+    crowded = after.crowded(before) if after is not None and before is not None else 0.0
+    view.conclude(baseline, picker, make_notes(options, summaries, crowded))
     if options.json:
         settings = {**asdict(options), "workload": load.title, "kv_blocks": load.kv_blocks}
         text = json.dumps(report(baseline, picker, settings), indent=2) + "\n"
@@ -184,9 +190,23 @@ async def _run(options: DemoOptions, load: Load, view: View) -> int:
     return 1 if any(summary.errors for summary in summaries) else 0
 
 
-def _notes(options: DemoOptions, summaries: Sequence[Summary]) -> list[str]:
+def _cpu_time() -> CpuTime | None:
+    """Of this process, which is one of four that share the machine; None where the system does not say."""
+    try:
+        return cpu_time(SCHEDSTAT.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def make_notes(options: DemoOptions, summaries: Sequence[Summary], crowded: float) -> list[str]:
+    """What to know of the figures. `crowded`: how many times as long as it ran this process waited for a CPU."""
     scale = f"{options.time_scale:g}"
     notes = [f"Times: as the client saw them through Envoy, times {scale}; so gateway and picker count {scale} times as well."]
+    if crowded > CROWDED:
+        notes.append(
+            f"This machine was busy: the client waited {crowded:.1f} times as long for a CPU as it had one. The times are those of the "
+            "machine as much as of the picker; run it again when less runs beside it."
+        )
     for summary in summaries:
         if summary.errors:
             notes.append(f"{summary.name}: {summary.errors} failed and {summary.not_sent} were not sent for it; the first:")

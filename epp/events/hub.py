@@ -9,6 +9,7 @@ Cost: a socket and some 3 KB for each publisher; 20 µs of CPU a frame and 2 µs
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from epp.datastore import Datastore
 from epp.events.central import Central
 from epp.events.counts import Counts
 from epp.events.feed import Feed
-from epp.events.settings import EventSettings
+from epp.events.settings import EVENTS_PORT_LABEL, EventSettings
 from epp.events.stream import Told
 from epp.events.subscriber import Common, Subscriber
 from epp.events.trtllm import TrtLlmPoller
@@ -29,6 +30,8 @@ from epp.events.valkey import Backend
 from epp.observe.families import Family
 from epp.prefix.precise import PreciseIndex
 from epp.types import Endpoint
+
+_log = logging.getLogger("epp.events")
 
 TRTLLM = "trtllm-serve"
 """The family, as the scraper names it."""
@@ -136,6 +139,12 @@ class EventHub:
         if self._group is None or endpoint in self._tasks or not self._wanted(endpoint):
             return
         settings, told = self._settings, Told()
+        address = settings.address(endpoint, 0) if settings.subscribe else None
+        if address is not None and any(settings.address(other, 0) == address for other in self._followers):
+            fields = {"endpoint": endpoint.name, "publisher": str(address)}
+            _log.warning(
+                "two endpoints have one publisher of KV-cache events: give each the label %s", EVENTS_PORT_LABEL, extra={"fields": fields}
+            )
         tasks = self._tasks[endpoint] = []
         self._followers[endpoint] = []
         if settings.trtllm_poll_s:

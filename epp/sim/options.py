@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from epp.errors import ConfigError, Problem
 from epp.sim.engine import EngineProfile
 
+PORT_MAX = 65_535
 MODEL_DEFAULT = "sim/llama-8b"
 
 
@@ -86,7 +88,7 @@ def add_sim_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sim_options(args: argparse.Namespace) -> SimOptions:
-    """From the flags of `add_sim_arguments`."""
+    """From the flags of `add_sim_arguments`. Raises ConfigError."""
     profile = EngineProfile(
         max_running=args.max_running,
         max_batched_tokens=args.max_batched_tokens,
@@ -99,6 +101,13 @@ def sim_options(args: argparse.Namespace) -> SimOptions:
     names = ("host", "port", "count", "model", "time_scale", "tokens_per_chunk", "seed",
              "kv_events_port", "kv_events_replay_port", "kv_events_topic")  # fmt: skip
     fields: dict[str, Any] = {name: getattr(args, name) for name in names}
+    problems = [
+        Problem(f"--{name.replace('_', '-')}", f"{first} for {args.count} engines goes beyond {PORT_MAX}")
+        for name in ("port", "kv_events_port", "kv_events_replay_port")
+        if (first := fields[name]) and first + args.count - 1 > PORT_MAX
+    ]
+    if problems:
+        raise ConfigError("command line", problems)
     return SimOptions(**fields, profile=profile)
 
 

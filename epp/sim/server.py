@@ -37,6 +37,8 @@ __all__ = ["FAULTS", "SimOptions", "SimServer", "add_sim_arguments", "running_en
 BODY_BYTES_MAX = 64 * 1024 * 1024
 """A request body; vLLM has no limit, a test process should."""
 FAULTS: Final = ("ok", "refuse-metrics", "error-503", "hang", "hang-metrics")
+INTERRUPTED = 130
+"""What a shell expects of a program ended by Ctrl-C."""
 _DRAIN_S = 0.05
 """How long `stop` lets open requests finish: a model server that is told to stop does not wait for its clients."""
 
@@ -287,17 +289,22 @@ async def running_engines(options: SimOptions) -> AsyncIterator[list[SimServer]]
         yield servers
 
 
-async def serve_engines(options: SimOptions) -> None:
-    """Run the engines until cancelled, or until SIGTERM or SIGINT; says where each listens."""
-    stopped = asyncio.Event()
+async def serve_engines(options: SimOptions) -> int:
+    """Run the engines until cancelled, or until SIGTERM or SIGINT; says where each listens. Returns the exit code: 130 for SIGINT."""
     loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[int] = loop.create_future()
+
+    def stop(code: int) -> None:
+        if not stopped.done():
+            stopped.set_result(code)
+
     async with running_engines(options) as servers:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopped.set)
+        loop.add_signal_handler(signal.SIGTERM, stop, 0)
+        loop.add_signal_handler(signal.SIGINT, stop, INTERRUPTED)
         try:
             for server in servers:
                 print(f"engine listening on http://{server.address}", flush=True)  # noqa: T201 - the command's output, awaited by who starts it
-            await stopped.wait()
+            return await stopped
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)

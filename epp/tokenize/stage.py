@@ -231,7 +231,9 @@ class TokenStage:
         try:
             from epp.tokenize.local import Local  # noqa: PLC0415 - an optional part
         except ImportError as error:
-            raise ValueError(f"token-producer: local needs the package's extra `tokenize` ({error.name} is not installed)") from None
+            raise ValueError(
+                f"token-producer: local needs the package's extra `tokenize`: pip install 'envoy-endpoint-picker[tokenize]' ({error.name} is not installed)"
+            ) from None
         try:
             return Local(exact, self._clock, self._secret)
         except ValueError as error:

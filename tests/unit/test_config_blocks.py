@@ -238,6 +238,26 @@ def test_policies_and_bands_nobody_uses_are_warnings() -> None:
     assert all(warning.endswith(OFF) for warning in loaded(HEAD + BROKEN).warnings)
 
 
+UNREAD = "flowControl: nothing of it but saturationDetector has an effect: "
+
+
+@pytest.mark.parametrize(
+    ("gate", "warnings"),
+    [
+        ("", [f"{UNREAD}it does with featureGates: [flowControl=true]"]),
+        ("featureGates: [flowControl=false]", [f"{UNREAD}the gate flowControl is off"]),
+        ("featureGates: [flowControl]", []),
+    ],
+)
+def test_a_block_that_is_not_read_is_said(gate: str, warnings: list[str]) -> None:
+    assert list(loaded(f"{HEAD}\n{gate}\nflowControl: {{maxRequests: 100, enableEviction: true}}\n").warnings) == warnings
+
+
+def test_of_a_block_that_says_what_is_so_anyway_nothing_is_said() -> None:
+    for block in ("{defaultRequestTTL: 60s, enableEviction: false}", "{saturationDetector: {pluginRef: utilization-detector}}"):
+        assert loaded(f"{HEAD}\nflowControl: {block}\n").warnings == ()
+
+
 def test_values_are_checked_either_way() -> None:
     assert faults(
         HEAD

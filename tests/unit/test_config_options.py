@@ -177,6 +177,7 @@ def test_metric_names_are_not_flags_any_more(capsys: pytest.CaptureFixture[str],
         ("--refresh-prometheus-metrics-interval=5s", ""),
         ("--grpc-max-recv-msg-size=10MiB", "--grpc-max-recv-msg-size=0"),
         ("--grpc-max-send-msg-size=1k", "--grpc-max-send-msg-size="),
+        ("--workers=4", "--workers=1"),
         ("--model-server-metrics-port=8001", "--model-server-metrics-port=0"),
         ("--model-server-metrics-path=/m", "--model-server-metrics-path=/metrics"),
         ("--model-server-metrics-scheme=https", "--model-server-metrics-scheme=http"),
@@ -201,12 +202,18 @@ def test_a_warning_says_why() -> None:
         (["--pool-name=p", "--endpoint-selector=a=b", "--endpoint-target-ports=1"], ["--pool-name: can't be used together with --endpoint-selector"]),
         (["--endpoint-selector=a=b"], ["--endpoint-selector: needs --endpoint-target-ports"]),
         (["--endpoint-target-ports=1,2,3,4,5,6,7,8,9"], ["--endpoint-target-ports: at most 8 ports, not 9"]),
+        (["--grpc-port=7000", "--grpc-health-port=7000"], ["--grpc-health-port: 7000 is taken by --grpc-port"]),
+        (["--metrics-port=9003"], ["--metrics-port: 9003 is taken by --grpc-health-port"]),
         (["--metrics-client-ca-file=ca"], ["--metrics-client-ca-file: needs --metrics-cert-dir"]),
         (["--metrics-cert-dir=d", "--metrics-endpoint-auth=false"], ["--metrics-cert-dir: needs --metrics-client-ca-file or --metrics-endpoint-auth"]),
     ],
 )  # fmt: skip
 def test_flags_that_clash(argv: list[str], problems: list[str]) -> None:
     assert clashes(*argv) == problems
+
+
+def test_any_free_port_may_be_asked_for_three_times() -> None:
+    assert options("--grpc-port=0", "--grpc-health-port=0", "--metrics-port=0").metrics_port == 0
 
 
 def test_eight_different_ports_may_be_named_twice() -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from epp.demo import DemoOptions, add_demo_arguments, demo_options
 from epp.demo.processes import Parts
-from epp.demo.readings import EngineReading
-from epp.demo.runner import CHAT_KV_BLOCKS, TRACE_KV_BLOCKS, Meter, make_load, run_demo
+from epp.demo.readings import CpuTime, EngineReading, cpu_time
+from epp.demo.runner import CHAT_KV_BLOCKS, SCHEDSTAT, TRACE_KV_BLOCKS, Meter, make_load, make_notes, run_demo
 from epp.engines.fetch import FetchError
 from epp.errors import ConfigError
 from epp.types import Address
@@ -127,3 +127,25 @@ async def test_the_meter_counts_from_the_start_of_a_phase_and_survives_a_silent_
     fetcher.pages = {}
     await meter.read()
     assert meter.engines["engine-1"].finished == 4
+
+
+def test_a_busy_machine_is_said() -> None:
+    start = cpu_time("1000000000 500000000 77\n")
+    assert start == CpuTime(1.0, 0.5)
+    assert cpu_time("3000000000 5500000000 99").crowded(start) == 2.5
+    assert start.crowded(start) == 0.0
+    (quiet,) = make_notes(DemoOptions(), [], 0.9)
+    same, busy = make_notes(DemoOptions(), [], 2.53)
+    assert same == quiet
+    assert busy.startswith("This machine was busy: the client waited 2.5 times as long for a CPU as it had one.")
+
+
+@pytest.mark.parametrize("text", ["", "1 2", "a b c"])
+def test_a_system_that_tells_otherwise_is_not_believed(text: str) -> None:
+    with pytest.raises(ValueError, match=r"values to unpack|invalid literal"):
+        cpu_time(text)
+
+
+@pytest.mark.skipif(not SCHEDSTAT.exists(), reason="this kernel does not say")
+def test_linux_tells_it_so() -> None:
+    assert cpu_time(SCHEDSTAT.read_text()).used_s > 0

@@ -14,7 +14,7 @@ from epp.clock import VirtualClock
 from epp.datastore import Datastore
 from epp.events.central import STREAMS_MAX, TOPIC_BYTES_MAX, Central, Intake
 from epp.events.hub import EventHub
-from epp.events.settings import EventSettings
+from epp.events.settings import EVENTS_PORT_LABEL, EventSettings
 from epp.prefix.precise import PreciseIndex
 from tests.builders import spec
 
@@ -48,6 +48,20 @@ async def test_an_endpoint_that_comes_while_a_hub_ends_is_nobodys_fault(turns: i
     assert running.cancelled()
     assert not world.hub._tasks
     assert (world.datastore._added, world.datastore._removed) == ([], [])
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+async def test_two_endpoints_with_one_publisher_are_told_of(caplog: pytest.LogCaptureFixture, *, labelled: bool) -> None:
+    world = World(socket_port=5557)
+    await world.hub.start()
+    running = asyncio.create_task(world.hub.run())
+    while not world.hub._tasks:  # noqa: ASYNC110 - as above
+        await asyncio.sleep(0)
+    neighbour = spec(2, host="10.0.0.1", port=8001)
+    world.datastore.apply([spec(1), neighbour._replace(labels={EVENTS_PORT_LABEL: "5558"}) if labelled else neighbour])
+    running.cancel()
+    await asyncio.wait([running])
+    assert (EVENTS_PORT_LABEL in caplog.text) is not labelled
 
 
 # Engines that connect

@@ -166,6 +166,15 @@ def test_the_default_configuration_printed_is_a_configuration(monkeypatch: pytes
     same_again(ran.out, monkeypatch, capsys)
 
 
+@pytest.mark.parametrize(
+    ("gates", "says"),
+    [("", "# Flow control has its safe form, "), ("flowControl=false", "# Flow control is off, "), ("flowControl", "apiVersion: ")],
+)
+def test_the_form_of_flow_control_is_printed(gates: str, says: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file.write_text(f"{HEAD}featureGates: [{gates}]\n")
+    assert Ran(capsys, "config", "print", str(file)).out.startswith(says)
+
+
 def test_a_password_is_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "policy.yaml"
     kept = {"kvBlockIndexConfig": {"valkeyConfig": {"address": "valkeys://user:never-said@10.0.0.9:6379/0"}}}
@@ -258,6 +267,7 @@ def test_parameters_are_shown_with_limits_defaults_and_what_is_in_them(capsys: p
     shown = Ran(capsys, "plugins", "show", "token-producer").out
     assert '  backend: "" | estimate | vllm | uds | local | engine = ""\n  estimate: mapping | null = null\n' in shown
     assert "  conditions: list of mapping (required)\n    metric: " in Ran(capsys, "plugins", "show", "utilization-filter").out
+    assert '  timeout: duration = "5s"\n' in Ran(capsys, "plugins", "show", "token-producer").out
     assert "deprecated: use disagg-profile-handler\n" in Ran(capsys, "plugins", "show", "pd-profile-handler").out
 
 
@@ -278,6 +288,43 @@ def test_a_class_written_as_a_type_and_a_type_nobody_has(capsys: pytest.CaptureF
     ran = Ran(capsys, "plugins", "show", "queue-scorr")
     assert (ran.code, ran.out) == (2, "")
     assert "unknown plugin type 'queue-scorr'; did you mean queue-scorer?" in ran.err
+
+
+BROKEN_MODULES = {
+    "absent:X": (None, "'absent:X' can't be loaded: No module named 'absent'"),
+    "unfinished:X": ("class X(", "SyntaxError: '(' was never closed"),
+    "failing:X": ("1 / 0", "ZeroDivisionError: division by zero ({}/failing.py:1)"),
+    "empty:X": ("", "'empty:X' can't be loaded: module 'empty' has no attribute 'X'"),
+}
+
+
+@pytest.mark.parametrize("type_", BROKEN_MODULES)
+def test_a_module_that_can_not_be_loaded_is_a_fault_and_no_stack(
+    type_: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = BROKEN_MODULES[type_]
+    monkeypatch.syspath_prepend(tmp_path)
+    name = type_.partition(":")[0]
+    if code is not None:
+        (tmp_path / f"{name}.py").write_text(code)
+    file = tmp_path / "config.yaml"
+    file.write_text(f"{HEAD}plugins: [{{type: '{type_}'}}]\n")
+    for argv in (["check", str(file)], ["config", "print", str(file)], ["plugins", "show", type_]):
+        ran = Ran(capsys, *argv)
+        assert (ran.code, ran.out) == (2, "")
+        assert said.format(tmp_path) in ran.err
+        assert "Traceback" not in ran.err
+    sys.modules.pop(name, None)
+
+
+def test_what_only_this_machine_lacks_is_a_warning(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = {"name": "m", "path": str(tmp_path / "none")}
+    file.write_text(HEAD + yaml.safe_dump({"plugins": [{"type": "token-producer", "parameters": {"local": {"models": [model]}}}]}))
+    ran = Ran(capsys, "check", str(file))
+    assert ran.code == 0
+    why = f"token-producer: local: {tmp_path}/none: can't be read: No such file or directory"
+    assert ran.err == f"{file}: warning: plugins: a picker would not start here: {why}\n"
+    assert ran.out.startswith(f"{file}: valid: ")
 
 
 def test_several_files_are_checked_and_one_fault_decides_the_exit_code(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
-from epp.errors import StartError
+from epp.errors import ConfigError, StartError
 from epp.sim.engine import Engine, EngineProfile
 from epp.sim.exposition import EngineMetrics
 from epp.sim.pacing import LAG_FORGIVEN_S, WAKE_AT_END, Pacer
@@ -579,7 +579,14 @@ class TestServeEngines:
         assert texts[0] != texts[1]  # each engine has its own seed
         os.kill(os.getpid(), signal.SIGTERM)
         async with asyncio.timeout(5):
-            await serving
+            assert await serving == 0
+
+    async def test_ctrl_c_is_exit_code_130(self, capsys: pytest.CaptureFixture[str]) -> None:
+        serving = asyncio.ensure_future(serve_engines(SimOptions(port=0, model="tiny")))
+        await eventually(lambda: "listening" in capsys.readouterr().out)
+        os.kill(os.getpid(), signal.SIGINT)
+        async with asyncio.timeout(5):
+            assert await serving == 130
 
     async def test_a_port_in_use_is_one_clear_line_and_leaves_nothing_running(self) -> None:
         async with running_engines(SimOptions(port=0)) as (holder,):
@@ -621,6 +628,15 @@ class TestArguments:
                 max_running=4, max_batched_tokens=5, kv_blocks=6, block_tokens=7, step_base_s=0.008, prefill_token_s=9e-6, decode_request_s=1e-5
             ),
         )  # fmt: skip
+
+    def test_ports_of_all_engines_must_fit(self) -> None:
+        with pytest.raises(ConfigError) as raised:
+            self.parse("--count=3", "--port=65534", "--kv-events-port=65535", "--kv-events-replay-port=65533")
+        assert [str(problem) for problem in raised.value.problems] == [
+            "--port: 65534 for 3 engines goes beyond 65535",
+            "--kv-events-port: 65535 for 3 engines goes beyond 65535",
+        ]
+        assert self.parse("--count=3", "--port=0", "--kv-events-port=0").engine_ports() == (0, 0, 0)
 
     @pytest.mark.parametrize(
         "flags", ["--count 0", "--kv-blocks 1", "--time-scale 0", "--time-scale nan", "--prefill-token-us -1", "--max-running some"]
