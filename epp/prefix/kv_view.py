@@ -188,6 +188,7 @@ class KvView:
 
     def answered(self, name: str, request: LLMRequest, endpoint: Endpoint, usage: Usage | None) -> None:
         """The endpoint answered, in full: what was predicted of it can be looked at."""
+        self._approximate.answered(name, request, endpoint)
         match, slot = request.attributes.get(name), endpoint.slot
         if not isinstance(match, PreciseMatch) or self._forgotten_at.get(slot, 0) > match.forgotten:  # it went meanwhile
             return

@@ -72,6 +72,19 @@ class IndexMachine(RuleBasedStateMachine):
             self.last[slot] = kept
             assert {other: walk(self.index, hashes, other) for other in before} == before, "what others have is not touched"
 
+    @precondition(lambda self: self.living | self.leaving)
+    @rule(path=CHAINS, data=st.data())
+    def answered(self, path: list[int], data: st.DataObject) -> None:
+        """Whatever was sent to whatever has a slot, or had one: nothing comes back with it that was not sent to who has it now."""
+        slot = data.draw(st.sampled_from(sorted(self.living | self.leaving)))
+        hashes = hashes_of(path)[: self.capacity // 2]
+        if slot in self.living and not set(hashes) <= self.recorded[slot]:
+            return
+        known = self.index.held_blocks(slot) > 0
+        self.index.used(slot, hashes, CUMULATIVE)
+        if slot in self.living and known:
+            self.last[slot] = hashes
+
     @rule(path=CHAINS, mask=st.integers(0, (1 << SLOTS) - 1))
     def lookup(self, path: list[int], mask: int) -> None:
         hashes = hashes_of(path)
@@ -180,10 +193,10 @@ TestPrefixIndex = IndexMachine.TestCase
 
 def test_a_capacity_in_tokens_bounds_what_is_remembered() -> None:
     index = PrefixIndex(10_000)
-    index.set_capacity_tokens(0, 20 * BLOCK_TOKENS)
+    index.set_capacity_tokens(0, 80 * BLOCK_TOKENS)
     for number in range(200):
         index.record(0, hashes_of([number, 1, 1, 1]), CUMULATIVE)
-    assert index.held_blocks(0) == int(index_module.OUTLIVES * 20), "what the cache holds, and a little more"
+    assert index.held_blocks(0) == int(index_module.OUTLIVES * 80), "what the cache holds, and a little more"
     assert index.rotations_total > 0
     without = PrefixIndex(10_000)
     for number in range(200):
@@ -247,7 +260,7 @@ def test_no_single_prompt_drops_more_than_a_slice() -> None:
 def test_what_is_there_already_does_not_count_towards_a_full_generation() -> None:
     """A long prompt sent again and again, a block longer each time, is one block's worth of new work each time."""
     index = PrefixIndex(10_000)
-    index.set_capacity_tokens(0, 100 * BLOCK_TOKENS)  # a generation is 7 blocks
+    index.set_capacity_tokens(0, 220 * BLOCK_TOKENS)  # a generation is 7 blocks
     for length in range(1, 8):
         index.record(0, hashes_of([1] * length), CUMULATIVE)
     assert index.rotations_total == 0

@@ -107,7 +107,7 @@ def test_tokens_are_the_prompts():
 
 def test_a_cell_of_it_is_a_cell_like_any_other():
     settings = Settings(replicas=2, kv_tokens=150_000, event_delay_s=0.02)
-    cell = Cell("cost-aware-precise", CONFIG, "agents", 1.0, 1)
+    cell = Cell("cost-aware-precise", CONFIG, "rag", 1.0, 1)
     row = row_of(settings, cell)
     assert row == row_of(settings, cell)
     assert row["errors"] == 0

@@ -226,8 +226,8 @@ def test_the_formula_by_hand() -> None:
     request = LLMRequest(id="r", path=PATH, headers={})
     request.prompt_tokens = 2_000
     request.prefix = PrefixMatch([1], [1_500], 2_000, {one.slot: 1_500})
-    # pod-1: wait 1 s x (1 + 0.45) + own 500 x 100 us x (1 + 0.5 x 1) = 1.525 s; pod-2: own 2 000 x 100 us x (1 + 0.11 x 2) = 0.244 s
-    assert scorer.score(request, (one, two)) == pytest.approx([1 / 2.525, 1 / 1.244])
+    # pod-1: wait 1 s x (1 + 0.3) + own 500 x 100 us x (1 + 0.25 x 1) = 1.3625 s; pod-2: own 2 000 x 100 us x (1 + 0.11 x 2) = 0.244 s
+    assert scorer.score(request, (one, two)) == pytest.approx([1 / 2.3625, 1 / 1.244])
 
 
 # In columns

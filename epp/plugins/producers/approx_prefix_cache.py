@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
-from epp.plugins.base import Plugin
+from epp.plugins.base import Finished, Plugin
 from epp.prefix.approximate import ApproximatePrefixes
 from epp.prefix.hashing import BLOCK_TOKENS_MIN
 from epp.prefix.index import PrefixIndex
@@ -55,6 +55,10 @@ class ApproxPrefixCacheProducer(Plugin):
 
     def served(self, request: LLMRequest, endpoint: Endpoint) -> None:
         self.__dict__["_prefixes"].served(self.name, request, endpoint)
+
+    def finished(self, request: LLMRequest, endpoint: Endpoint, outcome: Finished) -> None:
+        if outcome.status == 200:
+            self.__dict__["_prefixes"].answered(self.name, request, endpoint)
 
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = self.__dict__["_prefixes"].state()

@@ -49,9 +49,9 @@ class CostAwareScorer(Plugin):
     requires: ClassVar[tuple[str, ...]] = ("prefix-match",)
 
     harm: Annotated[float, msgspec.Meta(ge=0)] = 0.11
-    crowding: Annotated[float, msgspec.Meta(ge=0)] = 0.5
+    crowding: Annotated[float, msgspec.Meta(ge=0)] = 0.25
     spread: Annotated[float, msgspec.Meta(ge=0)] = 0.5
-    doubt: Annotated[float, msgspec.Meta(ge=0)] = 0.45
+    doubt: Annotated[float, msgspec.Meta(ge=0)] = 0.3
     prefix_match_info_producer_name: str = ""
 
     def __post_init__(self) -> None:
