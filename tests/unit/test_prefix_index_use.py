@@ -98,8 +98,9 @@ def known(producer: Producer, endpoint: Endpoint, number: int) -> bool:
     return request.prefix is not None and bool(request.prefix.matched_tokens)
 
 
-def test_an_answer_renews_its_prompt() -> None:
-    producer, endpoint = ApproxPrefixCacheProducer(), endpoint_at(0)
+@pytest.mark.parametrize("made", [ApproxPrefixCacheProducer, PrecisePrefixCacheProducer], ids=["approximate", "precise, of silent engines"])
+def test_an_answer_renews_its_prompt(made: type[Producer]) -> None:
+    producer, endpoint = made(), endpoint_at(0)
     first, second = sent(producer, endpoint, 1), sent(producer, endpoint, 2)
     for number in range(3, 7):
         sent(producer, endpoint, number)
@@ -140,17 +141,3 @@ def test_without_a_prompt_there_is_nothing_to_renew() -> None:
     producer.produce(request, Snapshot.of([endpoint]))
     producer.finished(request, endpoint, Finished(200, 0.1, 1.0, None, 0))
     assert producer.index.blocks == 0
-
-
-def test_the_precise_producer_s_guesses_are_renewed_too() -> None:
-    """Where engines say nothing it goes by the same books."""
-    producer, endpoint = PrecisePrefixCacheProducer(), endpoint_at(0)
-    first, second = sent(producer, endpoint, 1), sent(producer, endpoint, 2)
-    for number in range(3, 7):
-        sent(producer, endpoint, number)
-    producer.finished(first, endpoint, Finished(200, 0.1, 9.0, None, 640))
-    producer.finished(second, endpoint, Finished(503, 0.1, 9.0, None, 640))
-    for number in range(7, 11):
-        sent(producer, endpoint, number)
-    assert known(producer, endpoint, 1)
-    assert not known(producer, endpoint, 2)
