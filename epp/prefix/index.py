@@ -220,11 +220,12 @@ class PrefixIndex:
         latest, young, masks = held.latest, held.young, self._masks
         known = low + _leading(hashes, low, latest)  # what it ever had is prefix-closed as well: from here on all is new to it
         moved_blocks, moved_tokens = self._move(held, hashes, low, known, cumulative_tokens) if known > low else (0, 0)
-        shared = known + _leading(hashes, known, masks)
-        for block in hashes[known:shared]:
-            masks[block] |= bit
-        masks.update(dict.fromkeys(hashes[shared:], bit))  # new to everyone
-        entered = hashes[low:]
+        if known < len(hashes):
+            shared = known + _leading(hashes, known, masks)
+            for block in hashes[known:shared]:
+                masks[block] |= bit
+            masks.update(dict.fromkeys(hashes[shared:], bit))  # new to everyone
+        entered = hashes[low:] if low else hashes
         latest.update(dict.fromkeys(entered, young.number))
         young.blocks.extend(entered)
         blocks, tokens = len(entered), cumulative_tokens[len(hashes) - 1] - (cumulative_tokens[low - 1] if low else 0)
@@ -332,14 +333,13 @@ class PrefixIndex:
             here = min(budget - dropped, len(generation.blocks))
             leaving = generation.blocks[-here:]
             del generation.blocks[-here:]
-            for block in leaving:
-                if latest[block] == number:
-                    del latest[block]
-                    mask = masks[block]
-                    if mask == bit:
-                        del masks[block]
-                    else:
-                        masks[block] = mask & ~bit
+            for block in [each for each in leaving if latest[each] == number]:  # the others were used again since
+                del latest[block]
+                mask = masks[block]
+                if mask == bit:
+                    del masks[block]
+                else:
+                    masks[block] = mask & ~bit
             dropped += here
             if not generation.blocks:
                 held.dropping.popleft()
