@@ -8,8 +8,8 @@ Invariants: every request has exactly one outcome; a wait is woken once, and nev
 limits; a band's requests pass before any of a lower one for the same candidates. Where candidates overlap without being the same, a lower
 band may be served by what the higher one may not use, and the scheduler's scores say which endpoint that is.
 
-Not here: order (queues, bands), who may go (gate, saturation), times (deadlines), whose a request is (tenants). Cost (bench flow): 6 µs for a request that
-passes, 13 for one that waits, 100 000 of them queued. Limits: those of settings, `DISPATCHES_MAX` a pump, and each part's own.
+Not here: order (queues, bands), who may go (gate, saturation), times (deadlines), whose a request is (tenants). Cost (bench flow, 100 000 queued): 5 µs
+to queue a request, 7 to 11 to let it through. Limits: those of settings, `DISPATCHES_MAX` a pump, and each part's own.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Stop and wait: what is needed is worked out from how full the blocked band's can
 to go, and nothing more is done until each of them has ended (or `CONFIRM_S` is over) and the detector has had `grace_s` to see it. Only
 requests on the blocked band's candidates are taken: others would free nothing there. Inventory 5.6.
 
-Cost: 1 µs a request while eviction is on. Limits: as many entries as requests run.
+Cost: 1 µs a request while eviction is on; a look at all that run when somebody has to give way. Limits: as many entries as requests run.
 """
 
 from __future__ import annotations

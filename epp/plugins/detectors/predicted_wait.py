@@ -12,7 +12,7 @@ as it takes requests to end there. The KV cache counts in its last tenth alone: 
 What is not known holds nobody up. Until an endpoint of the pool has shown how fast it is, a wait is a guess: it counts no more than what was
 sent since a reading that said nothing waits there, and not at all for an engine that says nothing.
 
-Not here: who waits (admission). Cost: about 0.6 µs an endpoint each time it is asked.
+Not here: who waits (admission). Cost: about 0.8 µs an endpoint each time it is asked.
 """
 
 from __future__ import annotations
