@@ -107,9 +107,9 @@ class GrpcServer:
     async def check_alive(self) -> None:
         """Give up calls that stopped; grpcio keeps its connections alive by itself."""
         now_s = self._clock.now_s()
-        given_up = [(context, replies) for session, context in list(self._calls.items()) if (replies := session.expire(now_s))]
+        given_up = [(session, context, replies) for session, context in list(self._calls.items()) if (replies := session.expire(now_s))]
         if given_up:
-            await asyncio.gather(*(_tell(context, replies) for context, replies in given_up))
+            await asyncio.gather(*(_tell(session, context, replies) for session, context, replies in given_up))
 
     async def run(self) -> None:
         while True:
@@ -180,11 +180,13 @@ async def _write(context: Any, replies: list[Reply]) -> None:
         await context.write(codec.encode(reply))
 
 
-async def _tell(context: Any, replies: list[Reply]) -> None:
-    """The peer ends the call when it reads this; one that is gone, or does not read, keeps nobody waiting."""
+async def _tell(session: Session, context: Any, replies: list[Reply]) -> None:
+    """A call that waits ends with this, any other when its peer reads it; one that is gone, or does not read, keeps nobody waiting."""
     with contextlib.suppress(grpc.aio.BaseError, TimeoutError):
         async with asyncio.timeout(TELL_S):
             await _write(context, replies)
+    if session.notify is not None:
+        session.notify()
 
 
 def _check_free(host: str | None, port: int) -> None:

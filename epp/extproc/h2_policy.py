@@ -76,6 +76,8 @@ class Shared:
     """New calls are refused; those open go on."""
     emptied: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while closing, once no stream is open."""
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while closing, once no connection is."""
 
     @property
     def open_streams(self) -> int:
@@ -84,3 +86,5 @@ class Shared:
     def stream_ended(self) -> None:
         if self.closing and not self.open_streams:
             self.emptied.set()
+            if not self.connections:
+                self.left.set()

@@ -20,7 +20,7 @@ from epp.extproc.tls import KeyPair, use
 HEALTH_CHECK = b"/grpc.health.v1.Health/Check"
 HEALTH_LIST = b"/grpc.health.v1.Health/List"
 CLOSE_S = 1.0
-"""For a peer to take the last bytes."""
+"""For a peer to take the last bytes, and then to close."""
 BACKLOG = 1_024
 """Connections the kernel holds until they are accepted."""
 
@@ -99,6 +99,8 @@ class H2Server:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await shared.emptied.wait()
+                async with asyncio.timeout(CLOSE_S):  # told to go, peers do; closing first can cost them answers they have not read
+                    await shared.left.wait()
         for connection in list(shared.connections):
             connection.close()
         try:

@@ -15,7 +15,7 @@ from epp.errors import EppError, SaturatedError
 from epp.exchange import Exchange
 from epp.types import LLMRequest
 from tests.builders import Core, chat, core, echoed, kinds, request_body, request_headers, response_body, response_headers
-from tests.integration.test_transports import PROCESS, TRANSPORTS, channel_to, eventually, serving
+from tests.integration.test_transports import PROCESS, TRANSPORTS, channel_to, eventually, peer_of, serving
 
 
 class Held:
@@ -161,8 +161,29 @@ async def test_who_waits_when_the_server_stops_is_told(transport: str) -> None:
         stopping = asyncio.create_task(server.stop(5))
         (answer,) = await read(call, 1)
         assert answer.immediate_response.status.code == 503
-        await stopping
+        async with asyncio.timeout(5):
+            await stopping
     assert gate.held[0].cancelled
+
+
+async def test_a_server_that_stops_leaves_it_to_the_peer_to_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """grpc-core, and with it any client, may lose an answer it has not read when the connection ends."""
+    monkeypatch.setattr("epp.extproc.server.CLOSE_S", 60)
+    world, gate = core(2), Gate()
+    world.director.stages = (gate,)
+    async with serving("h2", world) as server, peer_of(server) as peer:
+        stream = peer.open()
+        peer.send(stream, request_headers(), request_body(chat(), end_of_stream=True))
+        await eventually(lambda: len(gate.held) == 1, "it waits")
+        world.limits.closing = True
+        stopping = asyncio.create_task(server.stop(60))
+        await peer.until(lambda: stream in peer.ended, "it is told")
+        late = peer.open()
+        await peer.until(lambda: late in peer.ended, "the connection lives")
+        assert not stopping.done()
+        await peer.close()
+        async with asyncio.timeout(10):
+            await stopping
 
 
 @pytest.mark.parametrize("half_closed", [False, True], ids=["open", "the gateway half-closes"])
