@@ -41,9 +41,10 @@ lint: $(VENV)/.dev
 proto: $(VENV)/.dev ## regenerate epp/_pb from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=epp/_pb --pyi_out=epp/_pb proto/*.proto
 
-fuzz: $(VENV)/.dev ## a million inputs for the codec, the session, the parsers and the HTTP/2 connection
+fuzz: $(VENV)/.dev ## a million inputs for the codec, the session, the parsers and the HTTP/2 connection; the property tests with new ones
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[fuzz]' || echo "no atheris for this Python: fuzzing without coverage guidance"
 	$(BIN)/python -m tests.fuzz.run --inputs 1000000
+	$(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=default
 
 bench: $(VENV)/.dev ## a selection of the measurements in bench/, a minute or two
 	$(BIN)/python -m bench overhead --quick

@@ -54,6 +54,7 @@ SEEDS: dict[str, dict[str, bytes]] = {
         "completion": b"\1" + b'{"model":"m","prompt":"hi \\u00fc","max_completion_tokens":3}',
         "tokens": b"\1" + b'{"prompt":[1,2,3,4294967295],"model":"m"}',
         "texts": b"\2" + b'{"x":{"model":"y"},"model" : "m" ,"prompt":["a","b"]}',
+        "models": b"\t" + b'{"model":{"model":"y"},"model" : "m" ,"proel" : "m" ,"prompt":["a","b"]}',
         "usage": b"\2" + USAGE,
         "events": b"\x14" + EVENTS,
     },

@@ -41,7 +41,7 @@ def test_the_seeds_are_those_that_are_described(target: str) -> None:
 def test_no_mutation_of_a_seed_is_a_bug(target: str) -> None:
     feed, done = targets.TARGETS[target], 0
     deadline_s = time.monotonic() + SLICE_S / len(targets.TARGETS)
-    rng = random.Random()
+    rng = random.Random(1)  # the same inputs every time
     with targets.loud():
         for data in mutate.mutations(seeds.load(target), rng):
             try:
