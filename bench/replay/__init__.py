@@ -63,6 +63,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="until policies that read KV events know of a block (default: %(default)s)",
     )
     parser.add_argument("--usage", action="store_true", help="answers end with token counts, cached ones included")
+    parser.add_argument(
+        "--whole", type=_share, default=0.0, metavar="X", help="share of answers not streamed: no policy hears of their first token"
+    )
     parser.add_argument("--slo-ttft", type=float, default=2.0, metavar="S", help="for goodput (default: %(default)s)")
     parser.add_argument("--slo-tpot", type=float, default=0.1, metavar="S", help="for goodput (default: %(default)s)")
     parser.add_argument("--warmup", type=float, default=0.0, metavar="S", help="requests of the first S seconds are not counted")
@@ -105,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         "scrape_delay_s": settings.scrapes.delay_s,
         "kv_tokens": settings.kv_tokens or profile_of(settings.profile).kv_tokens,
         "event_delay_s": settings.event_delay_s,
+        "whole": settings.whole,
         "slo_ttft_s": settings.objective.ttft_s,
         "slo_tpot_s": settings.objective.tpot_s,
         "saturation": loads,
@@ -178,6 +182,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         offload_tokens=args.offload_tokens,
         warmup_s=args.warmup,
         usage=args.usage,
+        whole=args.whole,
         event_delay_s=args.event_delay,
         kv_tokens=args.kv_tokens,
     )
@@ -204,6 +209,16 @@ def _saturation(settings: Settings, workload: str) -> float:
 
 def _shares() -> str:
     return ", ".join(f"{load * 100:.0f}" for load in LOADS) + " %%"
+
+
+def _share(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share, from 0 to 1")
+    return found
 
 
 def _positive(text: str) -> list[float]:

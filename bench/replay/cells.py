@@ -54,6 +54,7 @@ class Settings:
     offload_tokens: int = 0
     warmup_s: float = 0.0
     usage: bool = False
+    whole: float = 0.0
     event_delay_s: float = DELAY_S
     kv_tokens: int = 0
     """Of each replica's KV cache; 0: the profile's."""
@@ -122,7 +123,7 @@ def play(settings: Settings, cell: Cell) -> Result:
         baseline.bind(profile, engines, rng)
     phases_rng = random.Random(f"phases {cell.seed}")
     phases = [phases_rng.random() for _ in engines]
-    return Simulation(workload, engines, policy, settings.scrapes, phases).run()
+    return Simulation(workload, engines, policy, settings.scrapes, phases, whole=settings.whole).run()
 
 
 def row_of(settings: Settings, cell: Cell) -> Row:

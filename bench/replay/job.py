@@ -13,7 +13,8 @@ class Job:
 
     __slots__ = (
         "adapter", "arrival_s", "blocks", "cached_tokens", "computed", "decoded_from", "error", "finished_s", "first_token_s", "generated", "held",
-        "index", "load_tokens", "offered", "output_tokens", "priority", "promised_pairs", "promised_tokens", "prompt_tokens", "replica", "tenant",
+        "index", "load_tokens", "offered", "output_tokens", "priority", "promised_pairs", "promised_tokens", "prompt_tokens", "replica", "streamed",
+        "tenant",
     )  # fmt: skip
 
     def __init__(
@@ -30,6 +31,8 @@ class Job:
         self.adapter = adapter
         self.tenant = ""
         self.priority = 0
+        self.streamed = True
+        """Policies hear of its first token; else the answer comes whole."""
         self.replica = -1
         self.first_token_s = -1.0
         self.finished_s = -1.0

@@ -133,7 +133,7 @@ class ProductPolicy:
         """As it is once it is understood."""
         request = LLMRequest(id=str(job.index), path=PATH, headers=self._headers)
         request.model = request.target_model = job.adapter or MODEL
-        request.stream = True
+        request.stream = job.streamed
         request.prompt = prompt_of(job)
         request.prompt_tokens = job.prompt_tokens
         return request
@@ -148,10 +148,13 @@ class ProductPolicy:
         self._at(now_s)
         exchange = self._exchanges.pop(job)
         if not job.error:
-            if self._usage:
-                exchange.response_chunk(_usage(job))
+            if not job.streamed:
+                exchange.response_headers(200, event_stream=False, served="", code_details="via_upstream")
+                exchange.response_chunk(b"{%s}" % _usage(job))
+            elif self._usage:
+                exchange.response_chunk(b'data: {"choices":[],%s}\n\ndata: [DONE]\n\n' % _usage(job))
             exchange.finish(complete=True)
-        elif job.first_token_s >= 0:  # it broke off
+        elif job.first_token_s >= 0 and job.streamed:  # it broke off
             exchange.finish(complete=False)
         else:
             status, details = (500, "via_upstream") if job.error == "status 500" else (503, REFUSED if job.error == "refused" else LOST)
@@ -181,7 +184,7 @@ def prompt_of(job: Job) -> bytes:
 def _usage(job: Job) -> bytes:
     cached = max(0, job.cached_tokens)
     counts = f'"prompt_tokens":{job.prompt_tokens},"completion_tokens":{job.output_tokens}'
-    return f'data: {{"choices":[],"usage":{{{counts},"prompt_tokens_details":{{"cached_tokens":{cached}}}}}}}\n\ndata: [DONE]\n\n'.encode()
+    return f'"usage":{{{counts},"prompt_tokens_details":{{"cached_tokens":{cached}}}}}'.encode()
 
 
 @contextlib.contextmanager

@@ -23,6 +23,8 @@ from bench.replay.profiles import Profile
 from bench.replay.workload import Arrival, Incident, Workload
 
 READ, ASK, INCIDENT, ARRIVE, CALL = range(5)
+GOLDEN = 0.6180339887498949
+"""Its multiples are spread evenly: which answers are streamed is no matter of chance."""
 MOMENT_S = 1e-9
 """An answer is known so much before the next scrape may go out."""
 DRAIN_S = 7_200.0
@@ -62,14 +64,22 @@ class Simulation:
     """See the module. One use: `run`."""
 
     def __init__(
-        self, workload: Workload, engines: Sequence[Engine], policy: RoutingPolicy, scrapes: Scrapes, phases: Sequence[float]
+        self,
+        workload: Workload,
+        engines: Sequence[Engine],
+        policy: RoutingPolicy,
+        scrapes: Scrapes,
+        phases: Sequence[float],
+        *,
+        whole: float = 0.0,
     ) -> None:
-        """`phases`: in [0, 1), a replica's place in the scrape interval."""
+        """`phases`: in [0, 1), a replica's place in the scrape interval. `whole`: the share of answers that are not streamed."""
         self._workload = workload
         self._engines = engines
         self._policy = policy
         self._scrapes = scrapes
         self._phases = phases
+        self._whole = whole
         self._due = [engine.next_s for engine in engines]
         self._members = set(range(len(engines))) - workload.absent
         self._jobs: list[Job] = []
@@ -190,7 +200,8 @@ class Simulation:
             due[replica] = engine.next_s
             self._events += 1
             for job in events.first_tokens:
-                policy.first_token(job, now_s)
+                if job.streamed:
+                    policy.first_token(job, now_s)
             for job in events.finished:
                 policy.finished(job, now_s)
                 if job in self._turns:
@@ -230,6 +241,7 @@ class Simulation:
         self._look()
         job = Job(len(self._jobs), now_s, arrival.prompt_tokens, arrival.output_tokens, arrival.blocks, adapter=arrival.adapter)
         job.tenant, job.priority = arrival.tenant, arrival.priority
+        job.streamed = job.index * GOLDEN % 1.0 >= self._whole
         self._jobs.append(job)
         if arrival.turns:
             self._turns[job] = arrival.turns

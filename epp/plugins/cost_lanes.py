@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from epp.plugins.cost_model import CostModel
+from epp.plugins.cost_model import BATCH, CostModel
 from epp.plugins.cost_work import Lane, Row, Work
 from epp.types import Changes, Endpoint
 
@@ -32,8 +32,12 @@ ALIKE, SLOWNESS_MAX = 1.3, 20.0
 DECODE_WEIGHT = 0.05
 LOAD_START_S, LOAD_WEIGHT, LOAD_MAX_S = 0.2, 0.1, 60.0
 """What loading a LoRA adapter is taken to take."""
+TOLD_MAX, TOLD_WEIGHT = 0.2, 0.01
+"""Where a larger share of the answers is streamed, their first tokens teach all there is to learn."""
 OTHERS_MIN = 0.5
 """Requests of others that are as good as none."""
+OTHERS_SHARE = 0.1
+"""Of an endpoint's requests: where others have more there, what it computed is not known."""
 MEAN_START_S, MEAN_WEIGHT = 0.1, 0.05
 """Of work, in the pool: what one of the others' prompts is taken to take."""
 ADAPTERS_MAX = 10_000
@@ -82,6 +86,8 @@ class Lanes:
         """To load an adapter."""
         self.mean_s = MEAN_START_S
         """Seconds of work of a request."""
+        self.told = 0.0
+        """Share of the answers lately whose first token was seen."""
         self._harm, self._crowding = harm, crowding
         self._chosen: list[Lane] = []
         self.positions: dict[int, int] = {}
@@ -198,11 +204,24 @@ class Lanes:
 
     def first_token(self, lane: Lane, work: Work, now_s: float) -> None:
         self._touch(lane)
+        self.told += TOLD_WEIGHT * (1.0 - self.told)
         if work.moved:
             lane.out(work)
         else:
             self._learn(lane, work, now_s)
             lane.through(work, now_s)
+
+    def answered(self, lane: Lane, work: Work, tokens: int, now_s: float) -> None:
+        """A whole answer of so many tokens came. `over` is still to be told."""
+        self._touch(lane)
+        self.told -= TOLD_WEIGHT * self.told
+        if work.moved:
+            return
+        lane.settle(now_s)
+        if not work.done:
+            lane.through(work, now_s)
+        if self.told < TOLD_MAX and not work.loads and lane.others <= OTHERS_MIN + OTHERS_SHARE * lane.requests:
+            self._learn_whole(lane, work, tokens + 1, now_s)
 
     def over(self, lane: Lane, work: Work, now_s: float) -> None:
         self._touch(lane)
@@ -260,6 +279,24 @@ class Lanes:
             self.load_s += LOAD_WEIGHT * (min(LOAD_MAX_S, max(0.0, load_s)) - self.load_s)
             return
         self.model.learn(count, tokens, pairs, work.context, took_s)
+        self._compare(lane, took_s, predicted_s)
+
+    def _learn_whole(self, lane: Lane, work: Work, steps: int, now_s: float) -> None:
+        """Its steps, and all prompts computed from its sending to now, took from its sending to now."""
+        took_s, (all_tokens, all_pairs) = now_s - work.sent_s, lane.computed(now_s)
+        tokens, pairs = all_tokens - work.before[0], all_pairs - work.before[1]
+        if took_s < GAP_S or tokens < SAMPLE_TOKENS_MIN:
+            return
+        model, context = self.model, (work.context + lane.context) / 2
+        predicted_s = model.answer_s(steps, tokens, pairs, context)
+        model.learn_whole(steps, tokens, pairs, context, took_s / lane.slowness)
+        if model.whole > BATCH:  # before, what a step takes may not be known
+            self._compare(lane, took_s / lane.requests, predicted_s / lane.requests)  # to the others it was the same time
+        lane.decode_s += DECODE_WEIGHT * (max(0.0, took_s - work.seconds) - lane.decode_s)
+
+    @staticmethod
+    def _compare(lane: Lane, took_s: float, predicted_s: float) -> None:
+        """How fast it is, beside the others."""
         lane.took_s = KEPT * lane.took_s + took_s
         lane.predicted_s = KEPT * lane.predicted_s + predicted_s
         ratio = lane.took_s / lane.predicted_s

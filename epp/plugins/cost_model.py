@@ -1,11 +1,16 @@
 """What work costs, learned from first-token times: seconds of prefill by tokens and attended pairs, one model for a pool.
 
-    seconds = a x uncached tokens + b x (token, earlier token) pairs + c x uncached tokens x decode context
+    seconds = a + b x uncached tokens + c x (token, earlier token) pairs + d x uncached tokens x decode context
 
 fitted by least squares with forgetting over service times: from when an endpoint began with a request (its arrival, or the first token of
 the one before it) to its first token. The pairs are what makes long prompts cost more than their length; the decode context, tokens of the
 sequences decoding beside it, is what they take from it. Each endpoint has a factor of its own (`Lane.slowness`), so that a pool of unlike
 machines is seen as such. Nothing to calibrate: until there are `SAMPLES_MIN` samples only the proportions count, which decide as well.
+
+Answers that come whole tell as much, for from their sending to their end the engine is never idle: it takes a step for every token it says
+(and one for the first), and computes whatever prompts it has. Then, with one equation more for the same a, b and c,
+
+    seconds = (a + e x context) x (tokens said + 1) + b x uncached tokens + c x pairs, of all that was computed there meanwhile
 
 Cost: 1.7 µs a sample in the mean: 0.4, and 80 to 140 µs every 64th (early on every 16th) time, for the least squares.
 """
@@ -24,19 +29,24 @@ FORGET = 0.998
 RIDGE = 1e-6
 TOKENS_UNIT, PAIRS_UNIT, CONTEXT_UNIT = 1e3, 1e6, 1e5
 """Features are counted in these, so that they are of one size."""
-FEATURES = 4
-TOWARDS = np.array([0.0, START_S[1] * TOKENS_UNIT, 0.0, 0.0])
+FEATURES = 5
+TOWARDS = np.array([0.0, START_S[1] * TOKENS_UNIT, 0.0, 0.0, 0.0])
 """What samples leave open, where all are alike, stays as it was in the beginning."""
 
 
 class CostModel:
     """See the module."""
 
-    __slots__ = ("_fresh", "_moments", "_right", "by_context_s", "by_pairs_s", "by_tokens_s", "once_s", "samples")
+    __slots__ = (
+        "_fresh", "_moments", "_right", "by_context_s", "by_pairs_s", "by_tokens_s", "once_s", "samples", "step_by_context_s", "whole",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.once_s, self.by_tokens_s, self.by_pairs_s, self.by_context_s = START_S
+        self.step_by_context_s = 0.0
         self.samples = 0
+        self.whole = 0
+        """Those of them that were whole answers."""
         self._moments = np.zeros((FEATURES, FEATURES))
         self._right = np.zeros(FEATURES)
         self._fresh: list[tuple[float, ...]] = []
@@ -45,11 +55,26 @@ class CostModel:
     def prefill_s(self, tokens: float, pairs: float, context: float) -> float:
         return self.once_s + tokens * (self.by_tokens_s + self.by_context_s * context) + self.by_pairs_s * pairs
 
+    def answer_s(self, steps: int, tokens: float, pairs: float, context: float) -> float:
+        """An answer of so many steps, from when it was sent, while the endpoint computed that of prompts, its own included."""
+        return steps * (self.once_s + self.step_by_context_s * context) + tokens * self.by_tokens_s + self.by_pairs_s * pairs
+
     def learn(self, count: int, tokens: float, pairs: float, context: float, seconds: float) -> None:
         """`seconds` of service went into `count` prompts of that work in all, at an endpoint of usual speed."""
+        self._learn(count, tokens, pairs, seconds, beside=context, saying=0.0)
+
+    def learn_whole(self, steps: int, tokens: float, pairs: float, context: float, seconds: float) -> None:
+        """That, as in `answer_s`, took `seconds` at an endpoint of usual speed."""
+        self.whole += 1
+        self._learn(steps, tokens, pairs, seconds, beside=0.0, saying=context)
+
+    def _learn(self, steps: int, tokens: float, pairs: float, seconds: float, *, beside: float, saying: float) -> None:
+        """`beside`, `saying`: context, where the tokens or the steps go with it."""
         weight = max(seconds, 1e-2) ** -0.5
-        thousands = weight * tokens / TOKENS_UNIT
-        self._fresh.append((weight * count, thousands, weight * pairs / PAIRS_UNIT, thousands * context / CONTEXT_UNIT, weight * seconds))
+        thousands, weighted = weight * tokens / TOKENS_UNIT, weight * steps
+        self._fresh.append((
+            weighted, thousands, weight * pairs / PAIRS_UNIT, thousands * beside / CONTEXT_UNIT, weighted * saying / CONTEXT_UNIT, weight * seconds,
+        ))  # fmt: skip
         self.samples += 1
         if len(self._fresh) >= (SAMPLES_MIN if self.samples <= BATCH_EARLY_SAMPLES else BATCH):
             self._solve()
@@ -63,7 +88,7 @@ class CostModel:
         self._moments = kept_before * self._moments + features.T @ features
         self._right = kept_before * self._right + features.T @ seconds
         moments, right = self._moments + RIDGE * np.eye(FEATURES), self._right + RIDGE * TOWARDS
-        kept = list(range(FEATURES))
+        kept = list(range(FEATURES if self.whole else FEATURES - 1))
         while kept:
             found = np.linalg.lstsq(moments[np.ix_(kept, kept)], right[kept], rcond=None)[0]
             lowest = int(found.argmin())
@@ -75,5 +100,6 @@ class CostModel:
                 self.by_tokens_s = values[1] / TOKENS_UNIT
                 self.by_pairs_s = values.get(2, 0.0) / PAIRS_UNIT
                 self.by_context_s = values.get(3, 0.0) / TOKENS_UNIT / CONTEXT_UNIT
+                self.step_by_context_s = values.get(4, 0.0) / CONTEXT_UNIT
                 return
             del kept[lowest]

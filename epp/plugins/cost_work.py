@@ -19,11 +19,15 @@ DECODE_START_S = 5.0
 AVERAGED_S = 0.25
 """What others have there is an average over readings of so long, for engines' gauges lag behind by a step or two."""
 
+NOTHING = 0.0, 0.0
+
 
 class Work:
     """One prompt on its way through an endpoint."""
 
-    __slots__ = ("adapter", "context", "done", "loads", "miss_s", "moved", "pairs", "prompt", "seconds", "sent_s", "streamed", "tokens")
+    __slots__ = (
+        "adapter", "before", "context", "done", "loads", "miss_s", "moved", "pairs", "prompt", "seconds", "sent_s", "streamed", "tokens",
+    )  # fmt: skip
 
     def __init__(
         self, prompt: int, cached: int, lane: Lane, model: CostModel, *, streamed: bool, adapter: str, load_s: float, sent_s: float
@@ -47,6 +51,8 @@ class Work:
         """The gateway took it to another endpoint than we said, so that its place in the queue is not known."""
         self.streamed = streamed
         """Its first token will be seen."""
+        self.before = lane.computed(sent_s) if not streamed else NOTHING
+        """What the lane had computed when it was sent, where its end is to tell what that takes."""
         self.done = False
 
 
@@ -55,7 +61,8 @@ class Lane:
 
     __slots__ = (
         "adapters", "context", "decode_s", "endpoint", "ends_s", "last_s", "loaded", "missed_s", "named", "others", "others_waiting", "overdue_s",
-        "pending_s", "predicted_s", "queue", "queued_tokens", "read_s", "requests", "row", "slot", "slowness", "took_s", "used",
+        "pending_s", "predicted_s", "queue", "queued_tokens", "read_s", "requests", "row", "slot", "slowness", "through_pairs",
+        "through_tokens", "took_s", "used",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -66,6 +73,8 @@ class Lane:
         """Of all of `queue`."""
         self.last_s = 0.0
         """When a first token came last."""
+        self.through_tokens, self.through_pairs = 0, 0.0
+        """Of all prompts it is through with."""
         self.context = 0
         """Prompt tokens of all requests in flight: what its KV cache holds at least."""
         self.requests = 0
@@ -145,12 +154,22 @@ class Lane:
             first = self.queue.popleft()
             self.pending_s -= first.seconds
             self.queued_tokens -= first.tokens
+            self.through_tokens += first.tokens
+            self.through_pairs += first.pairs
             first.done = True
             if first is work:
                 break
         if not self.queue:
             self.pending_s = 0.0
         self.last_s = now_s
+
+    def computed(self, now_s: float) -> tuple[float, float]:
+        """Tokens and pairs it ever computed: of the prompt at the head as much as there was time for."""
+        if not self.queue:
+            return self.through_tokens, self.through_pairs
+        head = self.queue[0]
+        part = min(1.0, max(0.0, now_s - max(self.last_s, head.sent_s)) / head.seconds)
+        return self.through_tokens + part * head.tokens, self.through_pairs + part * head.pairs
 
     def settle(self, now_s: float) -> None:
         """Nobody tells when the prompt of an answer that comes whole is through: it is taken to be when it should be."""

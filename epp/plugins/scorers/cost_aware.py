@@ -1,8 +1,8 @@
 """cost-aware-scorer: the endpoint where the first token is predicted to come soonest, with a price on what that does to the others there.
 
 It keeps the prompts sent to each endpoint and not yet answered, in order, and so knows how long a new one would wait (cost_lanes); what a
-prompt takes is learned from first-token times (cost_model). Not here: what is cached where (the prefix producer, which remembers what was
-sent and so also counts what is still on its way).
+prompt takes is learned from first-token times, or the times of whole answers (cost_model). Not here: what is cached where (the prefix
+producer, which remembers what was sent and so also counts what is still on its way).
 
 Cost: 5 µs at 16 endpoints, 15 at 64 (a loop), 40 at 1 000 (numpy), 0.05 µs more for each that has some of the prompt cached, and what rows
 cost that have to be made again (cost_lanes). Amid other work, caches cold, twice that.
@@ -38,8 +38,9 @@ class CostAwareScorer(Plugin):
     LoRA adapter. It comes out longer than predicted, for not all that was taken for cached is: doubt. own: of the prompt's tokens not cached
     there and their attention to all before them. decoding, waiting: requests there that have their first token, or not yet; /metrics tell of
     those that others sent. harm is what a second of prefill costs each that decodes; crowding keeps long prompts from where many short ones
-    go; spread is what one more neighbour costs, in prompt overheads. loading: of the adapter. All learned from first-token times; before
-    anything is known, 10 000 tokens a second. Meant to decide alone, with max-score-picker.
+    go; spread is what one more neighbour costs, in prompt overheads. loading: of the adapter. All learned from first-token times, or where few
+    answers are streamed from the times of whole ones; before anything is known, 10 000 tokens a second. Meant to decide alone, with
+    max-score-picker.
     """
 
     type: ClassVar[str] = "cost-aware-scorer"
@@ -127,6 +128,10 @@ class CostAwareScorer(Plugin):
             return
         lanes: Lanes = state["lanes"]
         now_s: float = state["clock"].now_s()
+        usage = outcome.usage
+        if usage is not None and usage.prompt_tokens >= 0 and outcome.status == 200 and not request.stream and len(sent) == 1:
+            ((lane, work),) = sent
+            lanes.answered(lane, work, max(0, usage.completion_tokens), now_s)
         for lane, work in sent:
             lanes.over(lane, work, now_s)
         if outcome.status == 200 and request.stream:
