@@ -34,6 +34,8 @@ LOAD_START_S, LOAD_WEIGHT, LOAD_MAX_S = 0.2, 0.1, 60.0
 """What loading a LoRA adapter is taken to take."""
 TOLD_MAX, TOLD_WEIGHT = 0.2, 0.01
 """Where a larger share of the answers is streamed, their first tokens teach all there is to learn."""
+TAUGHT_EVERY_S = 0.02
+"""Answers of one endpoint that come sooner after another tell nothing new."""
 OTHERS_MIN = 0.5
 """Requests of others that are as good as none."""
 OTHERS_SHARE = 0.1
@@ -220,7 +222,10 @@ class Lanes:
         lane.settle(now_s)
         if not work.done:
             lane.through(work, now_s)
-        if self.told < TOLD_MAX and not work.loads and lane.others <= OTHERS_MIN + OTHERS_SHARE * lane.requests:
+        if now_s - lane.taught_s < TAUGHT_EVERY_S or self.told > TOLD_MAX:
+            return
+        if not work.loads and lane.others <= OTHERS_MIN + OTHERS_SHARE * lane.requests:
+            lane.taught_s = now_s
             self._learn_whole(lane, work, tokens + 1, now_s)
 
     def over(self, lane: Lane, work: Work, now_s: float) -> None:

@@ -61,8 +61,8 @@ class Lane:
 
     __slots__ = (
         "adapters", "context", "decode_s", "endpoint", "ends_s", "last_s", "loaded", "missed_s", "named", "others", "others_waiting", "overdue_s",
-        "pending_s", "predicted_s", "queue", "queued_tokens", "read_s", "requests", "row", "slot", "slowness", "through_pairs",
-        "through_tokens", "took_s", "used",
+        "pending_s", "predicted_s", "queue", "queued_tokens", "read_s", "requests", "row", "slot", "slowness", "taught_s",
+        "through_pairs", "through_tokens", "took_s", "used",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -75,6 +75,8 @@ class Lane:
         """When a first token came last."""
         self.through_tokens, self.through_pairs = 0, 0.0
         """Of all prompts it is through with."""
+        self.taught_s = -inf
+        """When a whole answer taught something last."""
         self.context = 0
         """Prompt tokens of all requests in flight: what its KV cache holds at least."""
         self.requests = 0

@@ -103,8 +103,8 @@ class PredictedWaitDetector(Plugin):
     def picked(self, request: LLMRequest, decision: Decision) -> None:
         """Note a prompt of which nobody will tell when it is through."""
         state = self.__dict__
-        if request.stream and state["shown"] and not state["to_the_end"]:
-            return
+        if state["waits"] is not None or (request.stream and state["shown"] and not state["to_the_end"]):
+            return  # others keep these books, or the first token will tell
         now_s: float = state["clock"].now_s()
         sent = []
         for endpoint in (decision.endpoint, *decision.targets.values()):
