@@ -10,7 +10,9 @@ machines is seen as such. Nothing to calibrate: until there are `SAMPLES_MIN` sa
 Answers that come whole tell as much, for from their sending to their end the engine is never idle: it takes a step for every token it says
 (and one for the first), and computes whatever prompts it has. Then, with one equation more for the same a, b and c,
 
-    seconds = (a + e x context) x (tokens said + 1) + b x uncached tokens + c x pairs, of all that was computed there meanwhile
+    seconds = (a + e x context) x (tokens said + 1) + b x uncached tokens + c x pairs, of all that was computed there meanwhile, + f
+
+where f is what an answer takes beside: nobody else waits for that, and where all answers are alike it is what is left in doubt.
 
 Cost: 1.7 µs a sample in the mean: 0.4, and 80 to 140 µs every 64th (early on every 16th) time, for the least squares.
 """
@@ -29,8 +31,10 @@ FORGET = 0.998
 RIDGE = 1e-6
 TOKENS_UNIT, PAIRS_UNIT, CONTEXT_UNIT = 1e3, 1e6, 1e5
 """Features are counted in these, so that they are of one size."""
-FEATURES = 5
-TOWARDS = np.array([0.0, START_S[1] * TOKENS_UNIT, 0.0, 0.0, 0.0])
+BESIDE_UNIT = 1e-2
+"""Larger than the others: what could be any of them is taken for this."""
+FEATURES, STREAMED_FEATURES = 6, 4
+TOWARDS = np.array([0.0, START_S[1] * TOKENS_UNIT, 0.0, 0.0, 0.0, 0.0])
 """What samples leave open, where all are alike, stays as it was in the beginning."""
 
 
@@ -38,12 +42,12 @@ class CostModel:
     """See the module."""
 
     __slots__ = (
-        "_fresh", "_moments", "_right", "by_context_s", "by_pairs_s", "by_tokens_s", "once_s", "samples", "step_by_context_s", "whole",
+        "_fresh", "_moments", "_right", "beside_s", "by_context_s", "by_pairs_s", "by_tokens_s", "once_s", "samples", "step_by_context_s", "whole",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.once_s, self.by_tokens_s, self.by_pairs_s, self.by_context_s = START_S
-        self.step_by_context_s = 0.0
+        self.step_by_context_s = self.beside_s = 0.0
         self.samples = 0
         self.whole = 0
         """Those of them that were whole answers."""
@@ -57,24 +61,27 @@ class CostModel:
 
     def answer_s(self, steps: int, tokens: float, pairs: float, context: float) -> float:
         """An answer of so many steps, from when it was sent, while the endpoint computed that of prompts, its own included."""
-        return steps * (self.once_s + self.step_by_context_s * context) + tokens * self.by_tokens_s + self.by_pairs_s * pairs
+        said_s = steps * (self.once_s + self.step_by_context_s * context) + self.beside_s
+        return said_s + tokens * self.by_tokens_s + self.by_pairs_s * pairs
 
     def learn(self, count: int, tokens: float, pairs: float, context: float, seconds: float) -> None:
         """`seconds` of service went into `count` prompts of that work in all, at an endpoint of usual speed."""
-        self._learn(count, tokens, pairs, seconds, beside=context, saying=0.0)
+        weight = max(seconds, 1e-2) ** -0.5
+        thousands = weight * tokens / TOKENS_UNIT
+        self._add(weight * count, thousands, weight * pairs / PAIRS_UNIT, thousands * context / CONTEXT_UNIT, 0.0, 0.0, weight * seconds)
 
     def learn_whole(self, steps: int, tokens: float, pairs: float, context: float, seconds: float) -> None:
         """That, as in `answer_s`, took `seconds` at an endpoint of usual speed."""
         self.whole += 1
-        self._learn(steps, tokens, pairs, seconds, beside=0.0, saying=context)
-
-    def _learn(self, steps: int, tokens: float, pairs: float, seconds: float, *, beside: float, saying: float) -> None:
-        """`beside`, `saying`: context, where the tokens or the steps go with it."""
         weight = max(seconds, 1e-2) ** -0.5
-        thousands, weighted = weight * tokens / TOKENS_UNIT, weight * steps
-        self._fresh.append((
-            weighted, thousands, weight * pairs / PAIRS_UNIT, thousands * beside / CONTEXT_UNIT, weighted * saying / CONTEXT_UNIT, weight * seconds,
-        ))  # fmt: skip
+        said = weight * steps
+        self._add(
+            said, weight * tokens / TOKENS_UNIT, weight * pairs / PAIRS_UNIT, 0.0, said * context / CONTEXT_UNIT, weight / BESIDE_UNIT,
+            weight * seconds,
+        )  # fmt: skip
+
+    def _add(self, *sample: float) -> None:
+        self._fresh.append(sample)
         self.samples += 1
         if len(self._fresh) >= (SAMPLES_MIN if self.samples <= BATCH_EARLY_SAMPLES else BATCH):
             self._solve()
@@ -88,7 +95,7 @@ class CostModel:
         self._moments = kept_before * self._moments + features.T @ features
         self._right = kept_before * self._right + features.T @ seconds
         moments, right = self._moments + RIDGE * np.eye(FEATURES), self._right + RIDGE * TOWARDS
-        kept = list(range(FEATURES if self.whole else FEATURES - 1))
+        kept = list(range(FEATURES if self.whole else STREAMED_FEATURES))
         while kept:
             found = np.linalg.lstsq(moments[np.ix_(kept, kept)], right[kept], rcond=None)[0]
             lowest = int(found.argmin())
@@ -101,5 +108,6 @@ class CostModel:
                 self.by_pairs_s = values.get(2, 0.0) / PAIRS_UNIT
                 self.by_context_s = values.get(3, 0.0) / TOKENS_UNIT / CONTEXT_UNIT
                 self.step_by_context_s = values.get(4, 0.0) / CONTEXT_UNIT
+                self.beside_s = values.get(5, 0.0) / BESIDE_UNIT
                 return
             del kept[lowest]

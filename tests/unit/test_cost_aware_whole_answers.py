@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 
 import pytest
@@ -18,6 +19,7 @@ from epp.plugins.cost_lanes import TOLD_MAX, Lane
 from epp.plugins.cost_model import BATCH, SAMPLES_MIN, CostModel
 from epp.plugins.scorers.cost_aware import CostAwareScorer
 from epp.types import Endpoint, LLMRequest, Usage
+from tests.builders import PATH
 from tests.unit.test_cost_aware_books import World
 
 STEP_S, CONTEXT_S, TOKEN_S, PAIR_S = 0.01, 5e-8, 60e-6, 2e-9
@@ -180,3 +182,26 @@ def test_the_bench_tells_policies_of_no_first_token_where_answers_come_whole(mon
         rows[whole] = cells.row_of(settings, cells.Cell("cost-aware", configured("cost-aware"), "rag", 1.0, 1))
         assert len(told) == pytest.approx((1 - whole) * float(str(rows[whole]["requests"])), abs=2)
         assert rows[whole]["errors"] == 0
+
+
+@pytest.mark.parametrize("said", [1, 100, 0], ids=["one token", "as many each time", "many or few"])
+def test_time_that_passes_whatever_is_asked_is_no_work_that_others_wait_for(said: int) -> None:
+    """Engines with room for all, or a stand-in for one: a second, and 10 ms a token."""
+    world, rng = World(4), random.Random(7)
+    endpoints, running = world.endpoints(), list[tuple[float, int, LLMRequest, Endpoint, int]]()
+    sent = dict.fromkeys(endpoints, 0)
+    for number in range(2_000):
+        world.clock.advance(0.05)
+        while running and running[0][0] <= world.clock.now_s():
+            _, _, ended, endpoint, tokens = heapq.heappop(running)
+            end(world, ended, endpoint, tokens)
+        question = LLMRequest(id="r", path=PATH, headers={})
+        question.prompt_tokens = 50 + int(rng.lognormvariate(6, 1))
+        scores = world.scorer.score(question, endpoints)
+        chosen = max(endpoints, key=lambda endpoint: (scores[endpoints.index(endpoint)], rng.random()))
+        sent[chosen] += 1
+        tokens = said or rng.randrange(1, 300)
+        request = world.pick(chosen, question.prompt_tokens, stream=False)
+        heapq.heappush(running, (world.clock.now_s() + 1.0 + tokens * 0.01, number, request, chosen, tokens))
+    assert max(world.waits_s()) < 0.2
+    assert max(sent.values()) < 1.1 * min(sent.values())
