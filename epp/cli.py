@@ -144,12 +144,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StartError as error:
         print(f"epp: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
-    except RuntimeError as error:  # Python 3.11 wraps what comes while a class is made, as in the imports of a command
-        if isinstance(error.__cause__, KeyboardInterrupt):
-            return 130
-        raise
     except BrokenPipeError:  # the reader of our output left: `epp plugins list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

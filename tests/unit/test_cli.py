@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from epp import cli
+from epp.__main__ import main as command
 
 
 @pytest.mark.parametrize(
@@ -69,7 +73,25 @@ def test_ctrl_c_while_a_class_is_made_is_no_fault(monkeypatch: pytest.MonkeyPatc
         return 0
 
     monkeypatch.setattr(cli, "_explain", make)
-    assert cli.main(["explain"]) == 130
+    monkeypatch.setattr(sys, "argv", ["epp", "explain"])
+    assert command() == 130
+
+
+def test_ctrl_c_while_the_command_is_read_is_no_fault() -> None:
+    """A third of a second, at each start."""
+    script = """
+import sys
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "epp.config.options":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+sys.argv = ["epp", "serve"]
+import runpy
+runpy.run_module("epp", run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "")
 
 
 def test_a_runtime_error_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,5 +99,6 @@ def test_a_runtime_error_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(cli, "_explain", fail)
+    monkeypatch.setattr(sys, "argv", ["epp", "explain"])
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.main(["explain"])
+        command()
