@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -126,7 +127,9 @@ async def _measure(args: argparse.Namespace, target: Target, workload: Workload)
     def mark() -> None:
         warm.append((time.monotonic(), cpu.read_tree(args.pid) if args.pid else None, time.process_time()))
 
-    asyncio.get_running_loop().call_later(args.warmup + 0.05, mark)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)  # uvloop has no other way to end by it
+    loop.call_later(args.warmup + 0.05, mark)
     times = arrivals(args.rps, args.warmup + args.duration, seed=args.seed, even=args.arrivals == "even")
     meter = await generator.run(times, warmup_s=args.warmup)
     if not warm:

@@ -8,6 +8,7 @@ How late requests really left is measured too: where that is much of a latency, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import gc
 import os
@@ -86,6 +87,9 @@ class OpenConnection(Connection[PickExchange]):
         self.request_headers = tuple((name, replaced.get(name, value)) for name, value in self.request_headers)  # type: ignore[misc]  # of this one
         self._meter = meter
         self.usable = True
+        self.made_s = time.monotonic()
+        self.lost = ""
+        """Why it is not usable."""
         self.ended = asyncio.Event()
         """No new stream may be opened; those under way may still finish."""
 
@@ -102,7 +106,8 @@ class OpenConnection(Connection[PickExchange]):
             late.append((stream_id, exchange))
         for stream_id, exchange in late:
             self._meter.failed(exchange, "timeout", f"waited for {exchange.wait.value}")
-            self.reset(stream_id)
+            with contextlib.suppress(ngh2.NGH2Error):  # the connection is ending
+                self.reset(stream_id)
         if late:
             self.flush()
 
@@ -118,13 +123,21 @@ class OpenConnection(Connection[PickExchange]):
         except ngh2.NGH2Error:  # the server has closed it already
             return
 
+    def open(self, exchange: PickExchange) -> None:
+        """As in the base. Raises NGH2Error if the connection is as good as gone, which it has not said yet."""
+        try:
+            super().open(exchange)
+        except ngh2.NGH2Error as error:
+            self.usable, self.lost = False, f"HTTP/2: {error!r}"
+            self.ended.set()
+            raise
+
     def on_goaway(self, error: BenchError) -> None:
-        del error
-        self.usable = False
+        self.usable, self.lost = False, str(error)
         self.ended.set()
 
     def on_lost(self, error: BenchError) -> None:
-        self.usable = False
+        self.usable, self.lost = False, str(error)
         for exchange in self._exchanges.values():
             self._meter.failed(exchange, "connection lost", str(error))
         self.ended.set()
@@ -261,10 +274,11 @@ class Generator:
             self._turn = (self._turn + 1) % len(self._places)
             connection = self._places[self._turn]
             if connection.usable:
-                connection.open(exchange)
-                touched.add(connection)
-                return
-        self.meter.failed(exchange, "not connected", "no connection to the target")
+                with contextlib.suppress(ngh2.NGH2Error):
+                    connection.open(exchange)
+                    touched.add(connection)
+                    return
+        self.meter.failed(exchange, "not connected", f"no connection to the target: {self._places[self._turn].lost}")
 
     async def _connect(self) -> OpenConnection:
         loop = asyncio.get_running_loop()
@@ -280,7 +294,10 @@ class Generator:
 
     async def _keep(self, place: int) -> None:
         while True:
-            await self._places[place].ended.wait()
+            before = self._places[place]
+            await before.ended.wait()
+            if time.monotonic() - before.made_s < RECONNECT_S:  # it is not as if nothing but a restart had come between
+                await asyncio.sleep(RECONNECT_S)
             try:
                 connection = await self._connect()
             except BenchError:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -23,6 +24,7 @@ from typing import Final
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from epp.errors import StartError
 from epp.sim import exposition, openai
@@ -33,6 +35,10 @@ from epp.sim.pacing import WAKE_AT_END, Pacer, Reply
 from epp.types import Address
 
 __all__ = ["FAULTS", "SimOptions", "SimServer", "add_sim_arguments", "running_engines", "serve_engines", "sim_options"]
+
+_http_log = logging.getLogger("epp.sim.http")
+_http_log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], BadHttpMessage)))
+"""As the picker's metrics port: no stack for every client that speaks something else."""
 
 BODY_BYTES_MAX = 64 * 1024 * 1024
 """A request body; vLLM has no limit, a test process should."""
@@ -81,7 +87,7 @@ class SimServer:
         """Listen; port 0 lets the system choose. Raises StartError if the port can't be had."""
         self._pacer = Pacer(self.engine, self.metrics, self._options.time_scale, self._publish)
         self._created_s = int(time.time())
-        runner = web.AppRunner(self._application(), access_log=None, handler_cancellation=True, shutdown_timeout=_DRAIN_S)
+        runner = web.AppRunner(self._application(), access_log=None, logger=_http_log, handler_cancellation=True, shutdown_timeout=_DRAIN_S)
         await runner.setup()
         try:
             await web.TCPSite(runner, host, port).start()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 from collections import Counter
 
@@ -292,6 +293,27 @@ async def test_a_server_that_goes_away_and_comes_back():
     assert meter.destinations[ENDPOINT] > 10
     assert 0 < sum(meter.errors.values()) < 50
     assert meter.destinations[ENDPOINT] + sum(meter.errors.values()) == 60
+
+
+async def test_a_server_that_speaks_something_else_is_told_and_not_asked_without_end(capfd):
+    """An engine's port in the place of the picker's."""
+    connected = 0
+
+    async def http(reader, writer):
+        nonlocal connected
+        connected += 1
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(http, "127.0.0.1", 0)
+    async with server, asyncio.timeout(20):
+        meter = await _load(server.sockets[0].getsockname()[1], [i / 100 for i in range(40)])
+    assert set(meter.errors) <= {"not connected", "connection lost"}
+    assert sum(meter.errors.values()) == 40
+    assert all(re.search("HTTP/2|the server closed", text) for text in meter.examples.values()), meter.examples
+    assert connected < 20, "a pause before each that follows one that did not last"
+    assert capfd.readouterr().err == ""
 
 
 def test_nobody_there_is_told(capsys):

@@ -645,3 +645,17 @@ class TestArguments:
         with pytest.raises(SystemExit):
             self.parse(*flags.split())
         assert flags.split(maxsplit=1)[0] in capsys.readouterr().err
+
+
+async def test_bytes_that_are_no_http_are_no_stack_trace_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    server = SimServer()
+    await server.start("127.0.0.1", 0)
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        answer = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+    finally:
+        await server.stop()
+    assert answer.startswith(b"HTTP/1.")
+    assert not [record for record in caplog.records if record.exc_info]
