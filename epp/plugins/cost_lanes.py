@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from epp.plugins.cost_model import BATCH, CostModel
+from epp.plugins.cost_model import BATCH, BATCH_EARLY_SAMPLES, CostModel
 from epp.plugins.cost_work import Lane, Row, Work
 from epp.types import Changes, Endpoint
 
@@ -36,6 +36,10 @@ TOLD_MAX, TOLD_WEIGHT = 0.2, 0.01
 """Where a larger share of the answers is streamed, their first tokens teach all there is to learn."""
 TAUGHT_EVERY_S = 0.02
 """Answers of one endpoint that come sooner after another tell nothing new."""
+STEP_MIN_S = 2e-4
+"""No engine says a token sooner than that after the one before: what counts so many were not one after the other, or it is no count."""
+ODD = 4.0
+"""A whole answer that takes so many times what is usual there, or as little, counts as if it were that: it has reasons of its own."""
 OTHERS_MIN = 0.5
 """Requests of others that are as good as none."""
 OTHERS_SHARE = 0.1
@@ -90,6 +94,8 @@ class Lanes:
         """Seconds of work of a request."""
         self.told = 0.0
         """Share of the answers lately whose first token was seen."""
+        self.usual = 1.0
+        """The slowness of the endpoint in the middle."""
         self._harm, self._crowding = harm, crowding
         self._chosen: list[Lane] = []
         self.positions: dict[int, int] = {}
@@ -197,6 +203,8 @@ class Lanes:
     def send(self, endpoint: Endpoint, prompt: int, cached: int, model_name: str, now_s: float, *, streamed: bool) -> tuple[Lane, Work]:
         """A request went there."""
         lane = self._touch(self.lane(endpoint))
+        if not streamed:
+            lane.settle(now_s)
         adapter = model_name if model_name in self.adapters else ""
         load_s = self.load_s if adapter and adapter not in lane.loaded else 0.0
         work = Work(prompt, cached, lane, self.model, streamed=streamed, adapter=adapter, load_s=load_s, sent_s=now_s)
@@ -225,7 +233,6 @@ class Lanes:
         if now_s - lane.taught_s < TAUGHT_EVERY_S or self.told > TOLD_MAX:
             return
         if not work.loads and lane.others <= OTHERS_MIN + OTHERS_SHARE * lane.requests:
-            lane.taught_s = now_s
             self._learn_whole(lane, work, tokens + 1, now_s)
 
     def over(self, lane: Lane, work: Work, now_s: float) -> None:
@@ -290,14 +297,21 @@ class Lanes:
         """Its steps, and all prompts computed from its sending to now, took from its sending to now."""
         took_s, (all_tokens, all_pairs) = now_s - work.sent_s, lane.computed(now_s)
         tokens, pairs = all_tokens - work.before[0], all_pairs - work.before[1]
-        if took_s < GAP_S or tokens < SAMPLE_TOKENS_MIN:
+        if took_s < max(GAP_S, steps * STEP_MIN_S) or tokens < SAMPLE_TOKENS_MIN:
             return
+        lane.taught_s = now_s
         model, context = self.model, (work.context + lane.context) / 2
         predicted_s = model.answer_s(steps, tokens, pairs, context)
-        model.learn_whole(steps, tokens, pairs, context, took_s / lane.slowness)
-        if model.whole > BATCH:  # before, what a step takes may not be known
-            self._compare(lane, took_s / lane.requests, predicted_s / lane.requests)  # to the others it was the same time
-        lane.decode_s += DECODE_WEIGHT * (max(0.0, took_s - work.seconds) - lane.decode_s)
+        model.learn_whole(steps, tokens, pairs, context, took_s * self.usual / lane.slowness)
+        if model.whole <= BATCH_EARLY_SAMPLES:  # what a step takes may not be known well
+            return
+        if not model.whole % BATCH:
+            ranked = sorted([each.slowness for each in self.by_slot.values()])
+            self.usual = ranked[(len(ranked) - 1) // 2]
+        slowness = lane.slowness
+        self._compare(lane, min(ODD * slowness, max(slowness / ODD, took_s / predicted_s)), 1.0)
+        said_s = steps * (model.once_s + model.step_by_context_s * context) * slowness
+        lane.decode_s += DECODE_WEIGHT * (min(said_s, took_s) - lane.decode_s)
 
     @staticmethod
     def _compare(lane: Lane, took_s: float, predicted_s: float) -> None:

@@ -73,8 +73,8 @@ class Lane:
         """Of all of `queue`."""
         self.last_s = 0.0
         """When a first token came last."""
-        self.through_tokens, self.through_pairs = 0, 0.0
-        """Of all prompts it is through with."""
+        self.through_tokens, self.through_pairs = 0.0, 0.0
+        """Of all prompts it is through with, or was when their clients left."""
         self.taught_s = -inf
         """When a whole answer taught something last."""
         self.context = 0
@@ -199,6 +199,7 @@ class Lane:
                 del self.adapters[work.adapter]
         if not work.done:
             if work is self.queue[0]:  # the engine goes on with the next
+                self.through_tokens, self.through_pairs = self.computed(now_s)
                 ends_s = max(self.last_s, work.sent_s) + work.seconds
                 self.last_s = now_s if work.streamed else min(now_s, ends_s)
             self.out(work)

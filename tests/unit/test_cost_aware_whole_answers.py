@@ -160,6 +160,52 @@ def test_answers_nobody_can_learn_from_teach_nothing() -> None:
     assert learned(world).samples == 0, "nor one that came in no time"
 
 
+def test_a_count_that_can_be_none_teaches_nothing() -> None:
+    """Anything an engine, or what stands in for one, writes into its usage."""
+    world, rng = World(2), random.Random(8)
+    for _ in range(300):
+        for endpoint in world.endpoints():
+            serve(world, endpoint, 100 + int(rng.lognormvariate(8, 1.0)), rng.randrange(1, 400))
+    before = learned(world).samples
+    request = world.pick(world.endpoints()[0], 2_000, stream=False)
+    world.clock.advance(2.0)
+    end(world, request, world.endpoints()[0], 10_000_000)
+    assert learned(world).samples == before
+    assert [lane.slowness for lane in world.lanes.by_slot.values()] == [1.0, 1.0]
+
+
+def test_a_few_answers_that_take_their_time_make_no_endpoint_slow() -> None:
+    """A picture to fetch, a tool to call, a client that reads slowly."""
+    world, rng = World(2), random.Random(9)
+    one, two = world.endpoints()
+    for number in range(1_500):
+        for endpoint in (one, two):
+            request = world.pick(endpoint, 500 + rng.randrange(4_000), stream=False)
+            said = rng.randrange(1, 100)
+            world.clock.advance(
+                (said + 1) * STEP_S + TOKEN_S * request.prompt_tokens + (60.0 if endpoint is two and not number % 100 else 0.0)
+            )
+            end(world, request, endpoint, said)
+    assert [world.lanes.by_slot[endpoint.slot].slowness for endpoint in (one, two)] == [1.0, 1.0]
+
+
+def test_what_was_given_up_halfway_was_computed_halfway() -> None:
+    """Requests sent while it was at the head have seen that half; without it they would have seen less than nothing done since."""
+    world = World(1)
+    (endpoint,) = world.endpoints()
+    long = world.pick(endpoint, 100_000, stream=False)  # 10 s
+    lane: Lane = world.lanes.by_slot[endpoint.slot]
+    world.clock.advance(5.0)
+    short = world.pick(endpoint, 1_000, stream=False)
+    halfway = lane.computed(world.clock.now_s())
+    assert halfway[0] == pytest.approx(50_000)
+    world.scorer.finished(long, endpoint, Finished(0, -1.0, 5.0, None, 0))
+    assert lane.computed(world.clock.now_s()) == pytest.approx(halfway)
+    world.clock.advance(0.1)
+    end(world, short, endpoint, 0)
+    assert lane.computed(world.clock.now_s())[0] == pytest.approx(51_000)
+
+
 def test_what_makes_no_tokens_teaches_what_prompts_take() -> None:
     """Embeddings: their usage names the prompt alone."""
     world, rng = World(1), random.Random(6)
