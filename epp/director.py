@@ -57,6 +57,8 @@ class Flow(Protocol):
 
     def routed(self, request: LLMRequest, exchange: Exchange | None) -> None: ...
 
+    def retry_after_s(self) -> int: ...
+
 
 class Inquiry(Arrival):
     """A request that nobody sent: only asked about."""
@@ -322,15 +324,21 @@ class Director:
         except NoEndpointsError:
             if detector is None:
                 raise
-            raise SaturatedError(SHED) from None  # to the reference picker's detectors nobody at all is a full pool
+            raise self._shed() from None  # to the reference picker's detectors nobody at all is a full pool
         if detector is not None and detector.saturation(candidates.endpoints) >= 1:
-            raise SaturatedError(SHED)
+            raise self._shed()
         decision = scheduler.schedule(request, candidates, traces)
         if "prefer" in request.headers and _prefers_available(request.headers["prefer"]):
             match = request.prefix
             if match is None or not match.matched_tokens.get(decision.endpoint.slot):
                 raise PreconditionFailedError("the endpoint chosen for this request is not known to have a prefix of its prompt cached")
         return _checked(decision) if decision.headers or decision.instead else decision
+
+    def _shed(self) -> SaturatedError:
+        error = SaturatedError(SHED)
+        if self.flow is not None:
+            error.retry_after_s = self.flow.retry_after_s()
+        return error
 
     def _uncached(self, request: LLMRequest, decision: Decision) -> int:
         """Prompt tokens the endpoint has to compute."""

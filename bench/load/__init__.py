@@ -91,6 +91,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     target = _target(args.target, tls=args.tls)
+    if args.pid:
+        cpu.read_tree(args.pid)  # raises BenchError where there is nothing to be read
     subset = tuple(part.strip() for part in args.endpoints_subset.split(",") if part.strip())
     asked = Asked.tokens(args.prompt_tokens, args.output_tokens, model=args.model, subset=subset)
     workload = Workload.of_tokens(
@@ -109,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         report.write_json(args.json, report.document([row], DISTRIBUTIONS, {"examples": meter.examples}))
     if not meter.decision_s:
-        raise BenchError("no request was answered as it should")
+        raise BenchError(f"no request was answered as it should{_hint(args, meter)}")
     return 0
 
 
@@ -140,6 +142,15 @@ async def _measure(args: argparse.Namespace, target: Target, workload: Workload)
     if before is None:
         return meter, client_cores, None
     return meter, client_cores, (cpu.read_tree(args.pid).since(before).cpu_ns / 1e9, wall_s)
+
+
+def _hint(args: argparse.Namespace, meter: Meter) -> str:
+    """What is usually wrong."""
+    if "not connected" in meter.errors and not args.tls:
+        return ": does the target want --tls?"
+    if "immediate 404" in meter.errors:
+        return f": do its endpoints serve the model {args.model}? --model names another"
+    return ""
 
 
 def _target(text: str, *, tls: bool) -> Target:

@@ -6,11 +6,13 @@ README.md explains the model, its calibration and its limits. Here is the comman
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench import BenchError, report
+from bench.arguments import number
 from bench.replay import flow
 from bench.replay.baselines import BASELINES
 from bench.replay.cells import Cell, Row, Settings, configured, known, row_of, run_all, workload_of
@@ -49,7 +51,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replicas", type=int, default=8, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--profile", default=DEFAULT_PROFILE, metavar="NAME", help="of one replica (default: %(default)s)")
     parser.add_argument("--speeds", type=_positive, default=[], metavar="X[,X]", help="by replica, of the profile's; 1 for those not named")
-    parser.add_argument("--offload-tokens", type=int, default=0, metavar="N", help="CPU memory behind each KV cache (default: none)")
+    parser.add_argument(
+        "--offload-tokens", type=number(int, 0), default=0, metavar="N", help="CPU memory behind each KV cache (default: none)"
+    )
     parser.add_argument("--scrape-interval", type=float, default=0.05, metavar="S", help="seconds between scrapes (default: %(default)s)")
     parser.add_argument(
         "--scrape-delay", type=float, default=0.0, metavar="S", help="seconds until a reading is known (default: %(default)s)"
@@ -66,9 +70,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--whole", type=_share, default=0.0, metavar="X", help="share of answers not streamed: no policy hears of their first token"
     )
-    parser.add_argument("--slo-ttft", type=float, default=2.0, metavar="S", help="for goodput (default: %(default)s)")
-    parser.add_argument("--slo-tpot", type=float, default=0.1, metavar="S", help="for goodput (default: %(default)s)")
-    parser.add_argument("--warmup", type=float, default=0.0, metavar="S", help="requests of the first S seconds are not counted")
+    parser.add_argument("--slo-ttft", type=number(float, 0), default=2.0, metavar="S", help="for goodput (default: %(default)s)")
+    parser.add_argument("--slo-tpot", type=number(float, 0), default=0.1, metavar="S", help="for goodput (default: %(default)s)")
+    parser.add_argument("--warmup", type=number(float, 0), default=0.0, metavar="S", help="requests of the first S seconds are not counted")
     parser.add_argument("--json", metavar="FILE", help="write rows, machine and versions here too")
     parser.add_argument("--plot", metavar="DIR", help="TTFT p90 and goodput over the rate, PNG and SVG (needs matplotlib)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: all cores)")
@@ -165,9 +169,9 @@ def _settings(args: argparse.Namespace) -> Settings:
     profile_of(args.profile)
     if min(args.replicas, args.seeds, args.jobs) < 1:
         raise BenchError("--replicas, --seeds and --jobs are at least 1")
-    if args.scrape_interval <= 0 or args.scrape_delay < 0:
+    if not (0 < args.scrape_interval < math.inf and 0 <= args.scrape_delay < math.inf):
         raise BenchError("--scrape-interval is above 0, --scrape-delay not below")
-    if args.kv_tokens < 0 or args.event_delay < 0:
+    if args.kv_tokens < 0 or not 0 <= args.event_delay < math.inf:
         raise BenchError("--kv-tokens and --event-delay are not below 0")
     return Settings(
         replicas=args.replicas,
@@ -226,6 +230,6 @@ def _positive(text: str) -> list[float]:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, like 0.6,1") from None
-    if min(found) <= 0:
+    if not all(0 < each < math.inf for each in found):
         raise argparse.ArgumentTypeError(f"{text!r}: numbers above 0 are needed")
     return found

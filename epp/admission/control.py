@@ -26,6 +26,7 @@ from epp.admission.ledger import DEFAULT_FLOW, Service
 from epp.admission.queues import OVER, QUEUED, SENT, Waiting
 from epp.admission.refusals import (
     RETRY_AFTER_MAX_S,
+    RETRY_AFTER_MIN_S,
     DisplacedError,
     NoEndpointsWhileQueuedError,
     Outcome,
@@ -162,6 +163,11 @@ class FlowControl:
             self.evictor.track(exchange, self._clock.now_s())
         self.changed()
 
+    def retry_after_s(self) -> int:
+        """For a request that is refused and did not wait: when those that do should be gone."""
+        now_s = self._clock.now_s()
+        return max((band.retry_after_s(now_s) for band in self.bands.all if band.requests), default=RETRY_AFTER_MIN_S)
+
     def first_token(self, _request: LLMRequest, _endpoint: Endpoint, _ttft_s: float) -> None:
         """The endpoint has work off its hands."""
         self.changed()
@@ -237,7 +243,9 @@ class FlowControl:
         if self._closed:
             return Outcome.REJECTED_OTHER, ShuttingDownError("flow controller shutting down")
         if self.settings.sheds and request.priority < 0:
-            return Outcome.REJECTED_CAPACITY, SaturatedError(SHED)
+            error = SaturatedError(SHED)
+            error.retry_after_s = self.retry_after_s()
+            return Outcome.REJECTED_CAPACITY, error
         empty, size_bytes = group.state == EMPTY, request.body_bytes
         if given_s == 0.0:
             if empty:

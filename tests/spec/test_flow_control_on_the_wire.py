@@ -396,7 +396,8 @@ def test_in_the_form_on_by_default_the_sheddable_are_refused_where_others_wait()
     assert routed(world.ask(chat("word " * 50_000)))
     world.world.read(1, waiting=4.0)
     assert world.ask(chat("word " * 50_000)).session.waiting
-    refused(world.ask(headers={OBJECTIVE: "batch"}), 429, "rejected-saturated", "saturated")
+    retry_after_s = refused(world.ask(headers={OBJECTIVE: "batch"}), 429, "rejected-saturated", "saturated")
+    assert retry_after_s == 2, "it and the one that waits, at the one a second that was let through"
     assert world.outcomes == {"Dispatched": 1, "RejectedCapacity": 1}
 
 

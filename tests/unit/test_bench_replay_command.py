@@ -111,6 +111,8 @@ def test_saturation_chooses_the_rates(tmp_path, capsys):
         (["--trace", "/nowhere.jsonl", "--policies", "random"], "/nowhere.jsonl: No such file"),
         (["--scenario", "rag", "--seeds", "0"], "at least 1"),
         (["--scenario", "rag", "--scrape-interval", "0"], "above 0"),
+        (["--scenario", "rag", "--scrape-interval", "nan"], "above 0"),
+        (["--scenario", "rag", "--event-delay", "nan"], "not below 0"),
     ],
 )
 def test_what_cannot_be_measured_is_said(arguments, message, capsys):
