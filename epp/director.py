@@ -18,7 +18,7 @@ from epp.candidates import Candidates, Models
 from epp.clock import Clock
 from epp.datastore import Datastore
 from epp.decisions import Decisions, record, table
-from epp.errors import SHED, BadRequestError, EppError, ModelNotFoundError, NoEndpointsError, PreconditionFailedError, SaturatedError
+from epp.errors import BadRequestError, EppError, ModelNotFoundError, NoEndpointsError, PreconditionFailedError, SaturatedError, shed
 from epp.exchange import Exchange, can_be_sent, sendable
 from epp.observe.metrics import Metrics
 from epp.outliers import Outliers
@@ -44,7 +44,6 @@ TEST_SELECTION = "test-epp-endpoint-selection"
 TEST_SERVED = "x-conformance-test-served-endpoint"
 FAIRNESS_CHARS_MAX = 256
 """Of a fairness id; longer ones are cut."""
-"""What a client is told whose request may be shed, and is."""
 LEFT_OUT_SHOWN_MAX = 32
 """Endpoints that are no candidates, in an explanation."""
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"?')
@@ -335,10 +334,7 @@ class Director:
         return _checked(decision) if decision.headers or decision.instead else decision
 
     def _shed(self) -> SaturatedError:
-        error = SaturatedError(SHED)
-        if self.flow is not None:
-            error.retry_after_s = self.flow.retry_after_s()
-        return error
+        return shed(self.flow.retry_after_s() if self.flow is not None else 0)
 
     def _uncached(self, request: LLMRequest, decision: Decision) -> int:
         """Prompt tokens the endpoint has to compute."""

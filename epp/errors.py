@@ -110,9 +110,6 @@ class BuffersFullError(EppError):
     dropped_reason = "rejected-saturated"
 
 
-SHED = "system saturated, sheddable request dropped"
-
-
 class SaturatedError(EppError):
     """Every candidate was filtered out."""
 
@@ -121,6 +118,13 @@ class SaturatedError(EppError):
     type = "rate_limit_error"
     code = "saturated"
     dropped_reason = "rejected-saturated"
+
+
+def shed(retry_after_s: int = 0) -> SaturatedError:
+    """For a request that may be refused while the pool is full, and is. 0: nobody knows when to come back."""
+    error = SaturatedError("system saturated, sheddable request dropped")
+    error.retry_after_s = retry_after_s
+    return error
 
 
 class ShuttingDownError(EppError):

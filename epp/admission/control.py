@@ -40,7 +40,7 @@ from epp.admission.state import state_of
 from epp.admission.tenants import Tenants
 from epp.arrival import Arrival
 from epp.clock import Clock
-from epp.errors import SHED, EppError, SaturatedError, ShuttingDownError
+from epp.errors import EppError, ShuttingDownError, shed
 from epp.exchange import Exchange
 from epp.plugins.base import Detector, Finished
 from epp.types import Endpoint, LLMRequest
@@ -243,9 +243,7 @@ class FlowControl:
         if self._closed:
             return Outcome.REJECTED_OTHER, ShuttingDownError("flow controller shutting down")
         if self.settings.sheds and request.priority < 0:
-            error = SaturatedError(SHED)
-            error.retry_after_s = self.retry_after_s()
-            return Outcome.REJECTED_CAPACITY, error
+            return Outcome.REJECTED_CAPACITY, shed(self.retry_after_s())
         empty, size_bytes = group.state == EMPTY, request.body_bytes
         if given_s == 0.0:
             if empty:

@@ -1,7 +1,8 @@
 """One endpoint as its requests' first tokens and ends show it: its prompts in order, its load, what was learned of it.
 
 `Work` is one prompt on its way, `Lane` the endpoint. Not here: all of them together and what a further prompt meets there (cost_lanes).
-Nothing here grows but by requests in flight, and `named`, up to `cost_lanes.ADAPTERS_MAX`. Cost of a request, from `Work` to `leave`: 3 µs.
+Nothing here grows but by requests in flight, and `named`, up to `cost_lanes.ADAPTERS_MAX`. Cost of a request, from `Work` to `leave`: 3 µs;
+5 more where its answer comes whole and teaches something.
 """
 
 from __future__ import annotations
