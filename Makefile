@@ -46,12 +46,13 @@ fuzz: $(VENV)/.dev ## a million inputs for the codec, the session, the parsers a
 	$(BIN)/python -m tests.fuzz.run --inputs 1000000
 	$(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=default
 
-bench: $(VENV)/.dev ## a selection of the measurements in bench/, a minute or two
+bench: $(VENV)/.dev ## a selection of the measurements in bench/, about three minutes
 	$(BIN)/python -m bench overhead --quick
 	$(BIN)/python -m bench decide --endpoints 16,1000 --prompt-tokens 1000,32000
 	$(BIN)/python -m bench scrape --endpoints 100
 	$(BIN)/python -m bench replay --scenario shared-prompts,agents,hot-prefix,lora,replica-loss \
 	  --policies cost-aware,llm-d,lmetric,lpwl,aibrix,round-robin --seeds 2
+	$(BIN)/python -m bench replay --flow priority,cold-burst --policies off,default,holdback --replicas 4 --seeds 1
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

@@ -1,6 +1,7 @@
 """Two files of `bench replay --json`, side by side: what changed between two versions, two machines or two settings.
 
-Cells are matched by workload, policy and rate. A change is marked when the two 95 % intervals do not overlap: `better` or `WORSE`.
+Cells are matched by workload, policy and rate. A change is marked when the two 95 % intervals do not overlap: `better` or `WORSE`;
+figures that one of them lacks are not compared. Where the two were not played alike (`notes` and seeds), that is said, and no more.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from pathlib import Path
 
 from bench import BenchError, report
 from bench.replay.stats import Interval, by_cell, mean_of
+
+FINDINGS = ("date", "saturation")
+"""Notes that say what came of a run, not how it was played."""
 
 DESCRIPTION = """\
 Compare two files written by `bench replay --json`: B against A, cell by cell. `--check 5` makes it an exit code of 1 when a figure of B is
@@ -41,7 +45,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    rows, missing = compared(_rows(args.a), _rows(args.b))
+    (rows_a, notes_a), (rows_b, notes_b) = _read(args.a), _read(args.b)
+    rows, missing = compared(rows_a, rows_b)
     metrics = set(args.metrics.split(",")) if args.metrics else {name for name, _ in METRICS}
     unknown = metrics - {name for name, _ in METRICS}
     if unknown:
@@ -54,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
         print(line)
     if not rows:
         raise BenchError("the files have no cell in common")
+    for line in unlike(notes_a, notes_b) + unlike_seeds(rows_a, rows_b):
+        print(line)
     if args.check is None:
         return 0
     return int(any(row["verdict"] == "WORSE" and float(str(row["worse_percent"])) > args.check for row in rows))
@@ -62,10 +69,14 @@ def run(args: argparse.Namespace) -> int:
 def compared(a: Sequence[Mapping[str, object]], b: Sequence[Mapping[str, object]]) -> tuple[list[dict[str, object]], list[str]]:
     """One row a cell and metric both have; and what only one of them has, in words."""
     cells_a, cells_b = by_cell(a), by_cell(b)
-    rows = []
+    rows: list[dict[str, object]] = []
     for key in (key for key in cells_a if key in cells_b):
         for metric, sign in METRICS:
             before, after = mean_of(cells_a[key], metric), mean_of(cells_b[key], metric)
+            if before is None or after is None:
+                said = {"a": before and before.text(".4g"), "b": after and after.text(".4g")}
+                rows.append({"workload": key[0], "policy": key[1], "rate": key[2], "metric": metric, "verdict": "", **said})
+                continue
             ratio = after.mean / before.mean if before.mean else None
             worse = sign * (after.mean - before.mean)
             rows.append({
@@ -79,17 +90,48 @@ def compared(a: Sequence[Mapping[str, object]], b: Sequence[Mapping[str, object]
     return rows, missing
 
 
+def unlike(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
+    """How the runs differ by what their files say of them, in words."""
+    asked = [name for name in dict.fromkeys((*a, *b)) if name not in FINDINGS]
+    lines = [
+        f"unlike runs: {name} is {_word(a[name])} in A, {_word(b[name])} in B"
+        for name in asked
+        if name in a and name in b and a[name] != b[name]
+    ]
+    for which, own in (("A", a), ("B", b)):
+        lacking = [name for name in asked if name not in own]
+        if lacking:
+            lines.append(f"perhaps unlike runs: {which} does not say {', '.join(lacking)}")
+    return lines
+
+
+def unlike_seeds(a: Sequence[Mapping[str, object]], b: Sequence[Mapping[str, object]]) -> list[str]:
+    """The same for the seeds of cells both have: one line for all in which they differ alike."""
+    cells_a, cells_b = by_cell(a), by_cell(b)
+    seeds = [
+        tuple(sorted(_word(row.get("seed")) for row in cells[key]) for cells in (cells_a, cells_b)) for key in cells_a if key in cells_b
+    ]
+    different = [f"unlike runs: seeds are {' '.join(of_a)} in A, {' '.join(of_b)} in B" for of_a, of_b in seeds if of_a != of_b]
+    return list(dict.fromkeys(different))
+
+
+def _word(value: object) -> str:
+    return json.dumps(value)
+
+
 def _apart(a: Interval, b: Interval) -> bool:
     return a.mean != b.mean and abs(a.mean - b.mean) > a.half + b.half
 
 
-def _rows(path: str) -> Sequence[Mapping[str, object]]:
+def _read(path: str) -> tuple[Sequence[Mapping[str, object]], Mapping[str, object]]:
+    """Rows and notes."""
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
         rows: list[dict[str, object]] = document["rows"]
+        notes: dict[str, object] = dict(document.get("notes", {}))
         by_cell(rows)
     except OSError as error:
         raise BenchError(f"{path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BenchError(f"{path} was not written by bench replay --json") from None
-    return rows
+    return rows, notes

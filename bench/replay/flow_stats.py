@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from bench.replay.flow_scenarios import BATCH, DURATION_S, HEAVY, IMPORTANT, LIGHT
 from bench.replay.simulation import Result
-from bench.replay.stats import DIGITS, percentile
+from bench.replay.stats import DIGITS, latency_s
 
 WARMUP_S = 30.0
 """Until queues are as long as they get."""
 TENANTS = (LIGHT, HEAVY, IMPORTANT, BATCH)
 
 
-def flow_figures(result: Result) -> dict[str, float | int]:
+def flow_figures(result: Result) -> dict[str, float | int | None]:
     """Jain's index is of tokens of requests answered in full between `WARMUP_S` and the end of the load, over the tenants there are."""
-    row: dict[str, float | int] = {}
+    row: dict[str, float | int | None] = {}
     served: list[int] = []
     for tenant in TENANTS:
         jobs = [job for job in result.jobs if job.tenant == tenant]
@@ -29,8 +29,9 @@ def flow_figures(result: Result) -> dict[str, float | int]:
         row[f"{tenant}_requests"] = len(jobs)
         row[f"{tenant}_answered"] = len(done)
         row[f"{tenant}_tokens"] = tokens
-        row[f"{tenant}_ttft_p50_s"] = round(percentile(ttft_s, 0.50), DIGITS)
-        row[f"{tenant}_ttft_p90_s"] = round(percentile(ttft_s, 0.90), DIGITS)
+        for share in (50, 90):
+            found_s = latency_s(ttft_s, share / 100)
+            row[f"{tenant}_ttft_p{share}_s"] = None if found_s is None else round(found_s, DIGITS)
     row["served_tokens_per_s"] = round(sum(served) / (DURATION_S - WARMUP_S), DIGITS)
     row["jain"] = round(jain(served), DIGITS)
     return row

@@ -105,7 +105,7 @@ class ProductPolicy:
             running=gauges.running,
             kv_usage=gauges.kv_usage,
             kv_block_tokens=KV_BLOCK_TOKENS,
-            kv_blocks=self._profile.kv_tokens // KV_BLOCK_TOKENS,
+            kv_blocks=(gauges.kv_tokens or self._profile.kv_tokens) // KV_BLOCK_TOKENS,
         )
         if self._adapters_max:
             reading = reading._replace(

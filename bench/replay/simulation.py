@@ -14,7 +14,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from itertools import count
+from itertools import count, cycle
+from typing import NamedTuple
 
 from bench.replay.engine import NEVER, Engine
 from bench.replay.job import Job
@@ -42,6 +43,14 @@ class Scrapes:
         return max(self.interval_s, self.delay_s)
 
 
+class Stay(NamedTuple):
+    """A replica, and from when to when something was so there; without an end: infinite."""
+
+    replica: int
+    from_s: float
+    to_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """How it went."""
@@ -51,13 +60,22 @@ class Result:
     elapsed_s: float
     """From the first arrival to the last answer."""
     events: int
-    imbalance: float
-    """Standard deviation over replicas of the requests they have, over their mean; both averaged over the arrivals."""
+    held: Sequence[Stay]
+    """One for each request an engine took: from its sending to its end there."""
+    present: Sequence[Stay]
+    """Times in which a replica was part of the pool and up."""
 
 
-def engines_of(profile: Profile, replicas: int, workload: Workload, *, offload_tokens: int = 0, promises: bool = False) -> list[Engine]:
+def engines_of(
+    profile: Profile | Sequence[Profile], replicas: int, workload: Workload, *, offload_tokens: int = 0, promises: bool = False
+) -> list[Engine]:
+    """Several profiles are dealt out to the replicas in turn."""
+    profiles = [profile] if isinstance(profile, Profile) else profile
     speeds = [*workload.speeds, *[1.0] * replicas][:replicas]
-    return [Engine(profile, speed=speed, offload_tokens=offload_tokens, adapters=workload.adapters, promises=promises) for speed in speeds]
+    return [
+        Engine(each, speed=speed, offload_tokens=offload_tokens, adapters=workload.adapters, promises=promises)
+        for each, speed in zip(cycle(profiles), speeds, strict=False)
+    ]
 
 
 class Simulation:
@@ -91,8 +109,11 @@ class Simulation:
         self._order = count()
         self._now_s = 0.0
         self._events = 0
-        self._requests = 0.0
-        self._deviation = 0.0
+        self._sent_s: dict[Job, float] = {}
+        """When an engine took it."""
+        self._lost_s: dict[Job, float] = {}
+        self._since_s = {replica: 0.0 for replica in sorted(self._members) if engines[replica].up}
+        self._present: list[Stay] = []
         if isinstance(policy, Patient):
             policy.play_on(self)
 
@@ -139,8 +160,12 @@ class Simulation:
                 job.error = "unfinished"
         ended_s = max((job.finished_s for job in self._jobs), default=0.0)
         first_s = self._workload.arrivals[0].at_s if self._workload.arrivals else 0.0
-        imbalance = self._deviation / self._requests if self._requests else 0.0
-        return Result(self._jobs, self._engines, max(0.0, ended_s - first_s), self._events, imbalance)
+        held = [Stay(job.replica, sent_s, self._ended_s(job)) for job, sent_s in self._sent_s.items()]
+        present = [*self._present, *(Stay(replica, since_s, math.inf) for replica, since_s in self._since_s.items())]
+        return Result(self._jobs, self._engines, max(0.0, ended_s - first_s), self._events, held, present)
+
+    def _ended_s(self, job: Job) -> float:
+        return job.finished_s if job.finished_s >= 0 else self._lost_s.get(job, math.inf)
 
     def _planned(self) -> Iterable[tuple[float, int, int, object]]:
         events: list[tuple[float, int, int, object]] = [
@@ -238,7 +263,6 @@ class Simulation:
             self._incident(what, at_s)
 
     def _arrives(self, arrival: Arrival, now_s: float) -> None:
-        self._look()
         job = Job(len(self._jobs), now_s, arrival.prompt_tokens, arrival.output_tokens, arrival.blocks, adapter=arrival.adapter)
         job.tenant, job.priority = arrival.tenant, arrival.priority
         job.streamed = job.index * GOLDEN % 1.0 >= self._whole
@@ -265,16 +289,9 @@ class Simulation:
         elif job.prompt_tokens + job.output_tokens > engine.cache.capacity:
             self._fails(job, "status 400", now_s)
         else:
+            self._sent_s[job] = now_s
             engine.submit(job, now_s)
             self._due[replica] = engine.next_s
-
-    def _look(self) -> None:
-        engines = self._engines
-        counts = [len(engines[r].running) + len(engines[r].waiting) for r in self._members if engines[r].up]
-        if counts:
-            mean = sum(counts) / len(counts)
-            self._requests += mean
-            self._deviation += math.sqrt(sum([(each - mean) ** 2 for each in counts]) / len(counts))
 
     def _fails(self, job: Job, why: str, now_s: float) -> None:
         job.error = why
@@ -299,6 +316,7 @@ class Simulation:
             self._policy.left(replica, now_s)
         elif kind == "down":
             for job in engine.stop():
+                self._lost_s[job] = now_s
                 self._fails(job, "lost", now_s)
             self._due[replica] = NEVER
         elif kind == "up":
@@ -307,3 +325,8 @@ class Simulation:
             engine.speed = incident.value
         else:
             engine.failing = bool(incident.value)
+        if replica not in self._members or not engine.up:
+            if replica in self._since_s:
+                self._present.append(Stay(replica, self._since_s.pop(replica), now_s))
+        else:
+            self._since_s.setdefault(replica, now_s)

@@ -11,11 +11,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.replay.simulation import Result
+from bench.replay.simulation import Result, Stay
 
 REJECTED = ("rejected", "status 400")
 DIGITS = 9
 """Of a figure in a row: more than anything means, few enough that rows of the same run are equal byte for byte."""
+
+WINDOW_S = 60.0
+"""What `imbalance` looks at in one piece: longer than an answer takes, shorter than load takes to move."""
 
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """Student's t, 97.5 %, by degrees of freedom from 1."""
@@ -29,8 +32,11 @@ class Objective:
     tpot_s: float = 0.1
 
 
-def figures(result: Result, objective: Objective, warmup_s: float = 0.0) -> dict[str, float | int]:
-    """One run's row, without what names it. Requests that came in the first `warmup_s` are left out."""
+def figures(result: Result, objective: Objective, warmup_s: float = 0.0) -> dict[str, float | int | None]:
+    """One run's row, without what names it; None is what cannot be said, as the latency of answers where there are none.
+
+    Requests that came in the first `warmup_s` are left out.
+    """
     jobs = [job for job in result.jobs if job.arrival_s >= warmup_s]
     done = [job for job in jobs if not job.error]
     errors = Counter(job.error for job in jobs if job.error)
@@ -45,19 +51,19 @@ def figures(result: Result, objective: Objective, warmup_s: float = 0.0) -> dict
     elapsed_s = result.elapsed_s or 1.0
     row = {
         "ttft_mean_s": _mean(ttft_s),
-        "ttft_p50_s": percentile(ttft_s, 0.50),
-        "ttft_p90_s": percentile(ttft_s, 0.90),
-        "ttft_p99_s": percentile(ttft_s, 0.99),
+        "ttft_p50_s": latency_s(ttft_s, 0.50),
+        "ttft_p90_s": latency_s(ttft_s, 0.90),
+        "ttft_p99_s": latency_s(ttft_s, 0.99),
         "tpot_mean_s": _mean(tpot_s),
-        "tpot_p90_s": percentile(tpot_s, 0.90),
+        "tpot_p90_s": latency_s(tpot_s, 0.90),
         "e2e_mean_s": _mean([job.e2e_s for job in done]),
-        "e2e_p90_s": percentile(sorted(job.e2e_s for job in done), 0.90),
+        "e2e_p90_s": latency_s(sorted(job.e2e_s for job in done), 0.90),
         "hit_rate": cached_tokens / prompt_tokens if prompt_tokens else 0.0,
         "goodput": good / len(jobs) if jobs else 0.0,
         "errors": len(jobs) - len(done),
         "rejected": rejected,
         "requests": len(jobs),
-        "imbalance": result.imbalance,
+        "imbalance": imbalance(result, warmup_s),
         "busy_cv": statistics.pstdev(busy_s) / mean_busy_s if mean_busy_s else 0.0,
         "busy": mean_busy_s / elapsed_s,
         "preemptions": sum(engine.preemptions for engine in result.engines),
@@ -70,6 +76,54 @@ def figures(result: Result, objective: Objective, warmup_s: float = 0.0) -> dict
 def percentile(ascending: Sequence[float], share: float) -> float:
     """The smallest value that at least `share` of them do not exceed; 0 of nothing."""
     return ascending[max(0, math.ceil(share * len(ascending)) - 1)] if ascending else 0.0
+
+
+def latency_s(ascending: Sequence[float], share: float) -> float | None:
+    """That percentile; None of nothing, for no time at all would be the best there is."""
+    return percentile(ascending, share) if ascending else None
+
+
+def imbalance(result: Result, from_s: float = 0.0) -> float | None:
+    """Standard deviation over replicas of their request-seconds in a minute, over their mean; both averaged over the minutes.
+
+    A request-second: a second of a request between its sending and its end. A replica counts as far as it is in the pool and up, and so do
+    its request-seconds. 0: all alike; square root of n - 1: one of n has all. None: there was nothing to share. Minutes begin at the first
+    arrival from `from_s` on; the last one may be short, and counts less.
+    """
+    arrivals_s = [job.arrival_s for job in result.jobs if job.arrival_s >= from_s]
+    if not arrivals_s:
+        return None
+    from_s = arrivals_s[0]
+    until_s = max([arrivals_s[-1], *(stay.to_s for stay in result.held if stay.to_s < math.inf)])
+    present: dict[int, list[Stay]] = {}
+    for stay in result.present:
+        present.setdefault(stay.replica, []).append(stay)
+    windows: dict[int, dict[int, float]] = {}
+    for stay in result.held:
+        for there in present.get(stay.replica, ()):
+            first_s, last_s = max(stay.from_s, there.from_s, from_s), min(stay.to_s, there.to_s, until_s)
+            window = int((first_s - from_s) // WINDOW_S)
+            while first_s < last_s:
+                edge_s = min(last_s, from_s + (window + 1) * WINDOW_S)
+                held_s = windows.setdefault(window, {})
+                held_s[stay.replica] = held_s.get(stay.replica, 0.0) + edge_s - first_s
+                first_s, window = edge_s, window + 1
+    deviation = total = 0.0
+    for window, held_s in windows.items():
+        opens_s = from_s + window * WINDOW_S
+        closes_s = min(until_s, opens_s + WINDOW_S)
+        there_s = {
+            replica: sum(max(0.0, min(stay.to_s, closes_s) - max(stay.from_s, opens_s)) for stay in stays)
+            for replica, stays in present.items()
+        }
+        replicas_s = sum(there_s.values())
+        if not replicas_s:
+            continue
+        mean = sum(held_s.values()) / replicas_s
+        squares = sum(each_s * (held_s.get(replica, 0.0) / each_s - mean) ** 2 for replica, each_s in there_s.items() if each_s > 0)
+        deviation += math.sqrt(squares / replicas_s) * (closes_s - opens_s)
+        total += mean * (closes_s - opens_s)
+    return deviation / total if total else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +157,16 @@ def by_cell(rows: Sequence[Mapping[str, object]]) -> dict[Key, list[Mapping[str,
     return cells
 
 
-def mean_of(rows: Sequence[Mapping[str, object]], key: str) -> Interval:
-    return interval([float(str(row[key])) for row in rows])
+def mean_of(rows: Sequence[Mapping[str, object]], key: str) -> Interval | None:
+    """Over the rows that can say it; None where none can."""
+    values = [float(str(row[key])) for row in rows if row[key] is not None]
+    return interval(values) if values else None
 
 
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values) if values else 0.0
+def text_of_mean(rows: Sequence[Mapping[str, object]], key: str, spec: str) -> str | None:
+    mean = mean_of(rows, key)
+    return None if mean is None else mean.text(spec)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench import BenchError, report
 from bench.replay.baselines import BASELINES
-from bench.replay.stats import by_cell, interval, mean_of
+from bench.replay.stats import by_cell, interval, mean_of, text_of_mean
 
 FIGURES = (
     ("ttft_mean_s", "TTFT mean s", ".3f"),
@@ -37,7 +37,7 @@ def text_of(rows: Sequence[Mapping[str, object]]) -> str:
     for (workload, policy, rate), cell in by_cell(rows).items():
         line: dict[str, object] = {"policy": policy}
         for key, _, spec in FIGURES:
-            line[key] = mean_of(cell, key).text(spec)
+            line[key] = text_of_mean(cell, key, spec)
         parts.setdefault((workload, rate), []).append(line)
     _against_best(rows, parts)
     seeds = len({row["seed"] for row in rows})
@@ -57,26 +57,37 @@ def _against_best(rows: Sequence[Mapping[str, object]], parts: Mapping[tuple[str
     """
     cells = by_cell(rows)
     for (workload, rate), lines in parts.items():
-        able = [str(line["policy"]) for line in lines if line["policy"] in BASELINES and line["policy"] != "clairvoyant"]
+        able: dict[str, float] = {}
+        for policy in (str(line["policy"]) for line in lines if line["policy"] in BASELINES and line["policy"] != "clairvoyant"):
+            own = cells[workload, policy, rate]
+            mean = mean_of(own, "ttft_p90_s")
+            if mean is not None and all(row["ttft_p90_s"] is not None for row in own):  # who answered nobody is not best
+                able[policy] = mean.mean
         if not able:
             continue
-        best = min(able, key=lambda policy: mean_of(cells[workload, policy, rate], "ttft_p90_s").mean)
+        best = min(able, key=able.__getitem__)
         of_best = {row["seed"]: float(str(row["ttft_p90_s"])) for row in cells[workload, best, rate]}
         for line in lines:
             own = cells[workload, str(line["policy"]), rate]
-            ratios = [float(str(row["ttft_p90_s"])) / of_best[row["seed"]] for row in own if of_best.get(row["seed"])]
+            said = [row for row in own if row["ttft_p90_s"] is not None]
+            ratios = [float(str(row["ttft_p90_s"])) / of_best[row["seed"]] for row in said if of_best.get(row["seed"])]
             if ratios:
                 line["against"] = "best" if line["policy"] == best else interval(ratios).text(".3f")
 
 
-def plot(rows: Sequence[Mapping[str, object]], folder: Path) -> Sequence[Path]:
-    """One PNG and one SVG a workload. Raises BenchError where matplotlib is not installed."""
+def plotting() -> tuple[Any, Any]:
+    """matplotlib and its pyplot. Raises BenchError where it is not installed: to be known before an hour of figures."""
     try:
         matplotlib: Any = importlib.import_module("matplotlib")
         matplotlib.use("Agg")
-        pyplot: Any = importlib.import_module("matplotlib.pyplot")
+        return matplotlib, importlib.import_module("matplotlib.pyplot")
     except ImportError:
         raise BenchError("--plot needs matplotlib: pip install 'envoy-endpoint-picker[bench]'") from None
+
+
+def plot(rows: Sequence[Mapping[str, object]], folder: Path) -> Sequence[Path]:
+    """One PNG and one SVG a workload. Raises BenchError where matplotlib is not installed."""
+    matplotlib, pyplot = plotting()
     matplotlib.rcParams["svg.hashsalt"] = "bench"  # the same rows, the same file
     folder.mkdir(parents=True, exist_ok=True)
     cells = by_cell(rows)
@@ -85,9 +96,8 @@ def plot(rows: Sequence[Mapping[str, object]], folder: Path) -> Sequence[Path]:
         figure, axes = pyplot.subplots(1, len(PLOTTED), figsize=(13, 5), layout="constrained")
         for axis, (key, title, scale) in zip(axes, PLOTTED, strict=True):
             for number, policy in enumerate(dict.fromkeys(key[1] for key in cells if key[0] == workload)):
-                points = [
-                    (rate, mean_of(cells[cell], key)) for cell in sorted(cells) if cell[:2] == (workload, policy) for rate in cell[2:]
-                ]
+                means = [(cell[2], mean_of(cells[cell], key)) for cell in sorted(cells) if cell[:2] == (workload, policy)]
+                points = [(rate, mean) for rate, mean in means if mean is not None]
                 axis.errorbar(
                     [rate for rate, _ in points],
                     [value.mean for _, value in points],

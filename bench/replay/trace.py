@@ -6,6 +6,8 @@ to a random place within its tick. The two are different workloads, so every res
 
 Other block sizes that divide 512 are taken too: a block's id stands for all that is before it, so the id of the last of them in each 512
 tokens stands for those.
+
+An id may be any integer or string. Those that are no place among the engines' 62 bits get one, in order of appearance.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from bench.replay.workload import Arrival, Workload
 
 TAIL = 1 << 62
 """Id of a last block the trace names none for: nothing is ever found by it, for it is not full."""
+RENAMED = 1 << 63
+"""From here on: blocks whose ids in the trace are strings, or no number from 0 to `TAIL`."""
+BOM = b"\xef\xbb\xbf"
 TICK_MIN_MS = 500
 """Times at least this far apart, mostly shared by several requests, are ticks."""
 
@@ -31,7 +36,7 @@ class _Line(msgspec.Struct):
     timestamp: float
     input_length: int
     output_length: int
-    hash_ids: list[int]
+    hash_ids: list[int | str]
 
 
 def read(path: Path, limit: int = 0, block_tokens: int = BLOCK_TOKENS) -> Sequence[Arrival]:
@@ -39,26 +44,29 @@ def read(path: Path, limit: int = 0, block_tokens: int = BLOCK_TOKENS) -> Sequen
     if block_tokens < 1 or BLOCK_TOKENS % block_tokens:
         raise BenchError(f"blocks of {block_tokens} tokens: a divisor of {BLOCK_TOKENS} is needed")
     decoder = msgspec.json.Decoder(_Line)
-    arrivals = []
+    arrivals: list[Arrival] = []
+    renamed: dict[int | str, int] = {}
+    number = 0
     try:
         with path.open("rb") as file:
             for number, text in enumerate(file, 1):
-                if not text.strip():
+                line = text.removeprefix(BOM) if number == 1 else text
+                if not line.strip():
                     continue
-                arrivals.append(_arrival(decoder.decode(text), f"{path}:{number}", block_tokens))
+                arrivals.append(_arrival(decoder.decode(line), renamed, f"{path}:{number}", block_tokens))
                 if len(arrivals) == limit:
                     break
     except OSError as error:
         raise BenchError(f"{path}: {error.strerror}") from None
-    except msgspec.MsgspecError as error:
-        raise BenchError(f"{path}:{len(arrivals) + 1}: not a Mooncake trace: {error}") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BenchError(f"{path}:{number}: not a Mooncake trace: {error}") from None
     if not arrivals:
         raise BenchError(f"{path}: no requests in it")
     first_s = min(arrival.at_s for arrival in arrivals)
     return sorted((arrival._replace(at_s=arrival.at_s - first_s) for arrival in arrivals), key=lambda arrival: arrival.at_s)
 
 
-def _arrival(line: _Line, place: str, block_tokens: int) -> Arrival:
+def _arrival(line: _Line, renamed: dict[int | str, int], place: str, block_tokens: int) -> Arrival:
     if line.input_length < 1 or line.output_length < 0:
         raise BenchError(f"{place}: lengths must be at least 1 and 0")
     if len(line.hash_ids) < line.input_length // block_tokens:
@@ -67,10 +75,17 @@ def _arrival(line: _Line, place: str, block_tokens: int) -> Arrival:
             f"{place}: {line.input_length} tokens are {blocks} blocks of {block_tokens}, but hash_ids has {len(line.hash_ids)}: try --block-tokens"
         )
     each = BLOCK_TOKENS // block_tokens
-    ids = line.hash_ids[each - 1 :: each][: line.input_length // BLOCK_TOKENS]
+    named = line.hash_ids[each - 1 :: each][: line.input_length // BLOCK_TOKENS]
+    ids = [_block(name, renamed) for name in named]
     if line.input_length % BLOCK_TOKENS:  # the tail; a trace may leave it out
-        ids.append(line.hash_ids[-1] if len(line.hash_ids) > len(ids) * each else TAIL | len(ids))
+        ids.append(_block(line.hash_ids[-1], renamed) if len(line.hash_ids) > len(ids) * each else TAIL | len(ids))
     return Arrival(line.timestamp / 1000, line.input_length, line.output_length, tuple(ids))
+
+
+def _block(name: int | str, renamed: dict[int | str, int]) -> int:
+    if isinstance(name, int) and 0 <= name < TAIL:
+        return name
+    return renamed.setdefault(name, RENAMED + len(renamed))
 
 
 def tick_s(arrivals: Sequence[Arrival]) -> float:

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from bench import BenchError
 from bench.__main__ import main
-from bench.live import _Busy, dynamo_shim, workload_of
+from bench.live import _Busy, dynamo_shim, imbalance, workload_of
 from bench.live.client import Sample, figures, first_errors, play, request_of
 from bench.live.engines import RenderingServer, tokens_of
 from bench.live.sides import CONFIGS, peer_sides, picker_sides
@@ -72,6 +72,21 @@ def test_figures_by_hand():
     assert row["goodput"] == pytest.approx(5 / 12, abs=1e-6)
     assert row["late_p99_s"] == 0.5
     assert first_errors(samples) == ["1 x HTTP 503: no"]
+
+
+def test_who_answered_nobody_has_no_latency():
+    row = figures([Sample(0.0, 0.1, 0, 0, 0, "HTTP 503: no")], Objective(), planned=1)
+    assert {key for key, value in row.items() if value is None} == {
+        "ttft_mean_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "tpot_p90_s", "e2e_mean_s",
+    }  # fmt: skip
+    assert (row["errors"], row["late_p99_s"]) == (1, 0.1)
+
+
+def test_imbalance_is_of_requests_an_engine_finished():
+    assert imbalance([7, 0, 0, 0]) == pytest.approx(3**0.5)
+    assert imbalance([5, 5, 5]) == 0.0
+    assert imbalance([3, 1]) == 0.5
+    assert imbalance([0, 0]) is None
 
 
 def test_the_warm_up_is_not_counted():
@@ -586,6 +601,7 @@ def test_a_run_with_the_picker_round_robin_and_a_peer(tmp_path, capsys):
         assert row["errors"] == 0, said.err
         assert row["requests"] == 4
         assert sum(row["per_engine"]) == 4
+        assert row["imbalance"] == imbalance(row["per_engine"])
         assert 0 < row["ttft_mean_s"] <= row["ttft_p99_s"]
     assert rows["smg:cache_aware"]["per_engine"] == [4, 0]  # the fake takes the first worker, always
     assert sorted(rows["round-robin"]["per_engine"]) == [2, 2]

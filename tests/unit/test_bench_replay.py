@@ -15,7 +15,8 @@ from bench.replay.job import BLOCK_TOKENS, Job
 from bench.replay.product import prompt_of
 from bench.replay.profiles import profile_of
 from bench.replay.scenarios import SCENARIOS, Setting
-from bench.replay.simulation import Scrapes, Simulation, engines_of
+from bench.replay.simulation import Result, Scrapes, Simulation, Stay, engines_of
+from bench.replay.stats import imbalance
 from bench.replay.workload import Arrival, Incident, Workload
 
 KEYS = {
@@ -113,6 +114,35 @@ def test_a_trace_that_is_none_is_refused(tmp_path, line, message):
     path.write_text(line + "\n")
     with pytest.raises(BenchError, match=message):
         trace.read(path)
+
+
+def test_the_line_that_is_wrong_is_named(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'\n{"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": []}\n\n{"hash_ids": ["\xff"]}\n')
+    with pytest.raises(BenchError, match=r"bad\.jsonl:4: not a Mooncake trace"):
+        trace.read(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_trace(tmp_path, trace_file):
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + trace_file.read_bytes())
+    assert trace.read(path) == trace.read(trace_file)
+
+
+def test_any_integer_or_string_is_an_id(tmp_path, trace_file):
+    """Whatever they are called, equal blocks are equal and others are not; those of 62 bits keep their names."""
+    names = {0: 1 << 70, 1: -1, 2: "0", 1_000: "f00d" * 16, 1_001: 1 << 62, 1_002: (1 << 63) + 1}
+    path = tmp_path / "named.jsonl"
+    lines = [json.loads(line) for line in trace_file.read_text().splitlines()]
+    path.write_text("\n".join(json.dumps(line | {"hash_ids": [names.get(each, each) for each in line["hash_ids"]]}) for line in lines))
+    plain, named = trace.read(trace_file), trace.read(path)
+    pairs = {pair for a, b in zip(plain, named, strict=True) for pair in zip(a.blocks, b.blocks, strict=True)}
+    assert len(pairs) == len({old for old, _ in pairs}) == len({new for _, new in pairs})
+    assert {old for old, new in pairs if old != new} == set(names)
+    settings = dataclasses.replace(SMALL, trace=str(path))
+    assert row_of(settings, Cell("x", EPP, "trace", 1.0, 1)) | {"policy": ""} == row_of(
+        dataclasses.replace(settings, trace=str(trace_file)), Cell("x", EPP, "trace", 1.0, 1)
+    ) | {"policy": ""}
 
 
 def test_prompts_share_bytes_where_they_share_blocks():
@@ -266,3 +296,119 @@ def test_the_product_releases_what_it_charged(workload, monkeypatch):
     endpoints = made[0]._datastore.endpoints.values()
     assert [(each.inflight_requests, each.inflight_tokens) for each in endpoints] == [(0, 0)] * 4
     assert sum(each.picks_total for each in endpoints) == 80
+
+
+# imbalance
+
+
+def result(held, present, arrivals=(0.0,)):
+    jobs = [Job(number, at_s, 100, 1, ()) for number, at_s in enumerate(arrivals)]
+    return Result(jobs, (), 0.0, 0, [Stay(*stay) for stay in held], [Stay(*stay) for stay in present])
+
+
+ALWAYS = [(replica, 0.0, math.inf) for replica in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("held", "present", "expected"),
+    [
+        ([(0, 5.0, 12.0), (0, 100.0, 230.0)], ALWAYS, math.sqrt(3)),  # all on one
+        ([(replica, 5.0, 17.0) for replica in range(4)] * 3, ALWAYS, 0.0),  # all alike
+        ([(replica, 15.0 * replica, 15.0 * replica + 15.0) for replica in range(4)], ALWAYS, 0.0),  # one after the other is alike
+        ([(replica, 60.0 * replica, 60.0 * replica + 60.0) for replica in range(4)], ALWAYS, math.sqrt(3)),  # in turns of minutes is not
+        # minutes of 4 and 1 request-minutes: deviations sqrt(3) and sqrt(3)/4 over means 1 and 1/4; then alike for one of four minutes
+        ([(0, 0.0, 60.0)] * 4 + [(0, 60.0, 120.0)], ALWAYS, math.sqrt(3)),
+        ([(0, 0.0, 60.0)] * 4 + [(replica, 60.0, 120.0) for replica in range(4)], ALWAYS, math.sqrt(3) / 2),
+        # not there: who is down for the minute, and who joins in the middle of it
+        ([(0, 0.0, 60.0)], [(0, 0.0, math.inf), (1, 60.0, math.inf)], 0.0),
+        ([(0, 0.0, 60.0), (1, 30.0, 60.0)], [(0, 0.0, math.inf), (1, 30.0, math.inf)], 0.0),
+        # its own half minute counts half: 1 and 0 requests in flight, weights 2/3 and 1/3
+        ([(0, 0.0, 60.0)], [(0, 0.0, math.inf), (1, 30.0, math.inf)], math.sqrt(2 / 9) / (2 / 3)),
+        # what a replica still has when it is taken out of the pool does not count
+        ([(0, 0.0, 60.0), (1, 0.0, 60.0)], [(0, 0.0, math.inf), (1, 0.0, 30.0)], 0.0),
+        ([(0, 0.0, math.inf), (1, 0.0, 60.0)], ALWAYS[:2], 0.0),  # never ends: until the last thing happens
+        ([], ALWAYS, None),
+        ([(0, 0.0, 60.0)], [(1, 0.0, math.inf)], None),
+    ],
+)
+def test_imbalance_by_hand(held, present, expected):
+    assert imbalance(result(held, present)) == (None if expected is None else pytest.approx(expected, abs=1e-9))
+
+
+def test_imbalance_leaves_out_the_warm_up():
+    held = [(0, 0.0, 60.0), (0, 60.0, 120.0), (1, 60.0, 120.0)]
+    warm = result(held, ALWAYS[:2], (0.0, 60.0, 60.0))
+    assert imbalance(warm, 30.0) == pytest.approx(0.0)
+    assert imbalance(warm) == pytest.approx(0.5 / 1.5)
+    assert imbalance(warm, 61.0) is None
+
+
+class ToOne(RoundRobin):
+    def choose(self, job, candidates, matched, now_s):
+        return candidates[0]
+
+
+@pytest.mark.parametrize(("policy", "expected"), [(ToOne, math.sqrt(3)), (RoundRobin, 0.0)])
+def test_an_idle_pool_of_which_one_replica_does_everything_is_out_of_balance(policy, expected, workload, monkeypatch):
+    """At no arrival is anything under way."""
+    monkeypatch.setitem(BASELINES, "made", policy)
+    name = workload(Workload("made", [Arrival(15.0 * number, 2_000, 5, tuple(range(9 * number, 9 * number + 4))) for number in range(20)]))
+    row = row_of(SMALL, Cell("made", "", name, 1.0, 1))
+    assert (row["imbalance"], row["busy_cv"]) == pytest.approx((expected, expected), abs=1e-6)
+
+
+def test_replicas_are_held_to_their_share_while_they_are_there(workload):
+    incidents = (
+        Incident(5.0, 1, "down"),
+        Incident(9.0, 1, "up"),
+        Incident(12.0, 0, "leave"),
+        Incident(13.0, 3, "join"),
+        Incident(14.0, 2, "speed", 0.5),
+    )
+    found = play(
+        SMALL, Cell("least-request", "", workload(dataclasses.replace(chats(80, 0.2), incidents=incidents, absent=frozenset({3}))), 1.0, 1)
+    )
+    assert sorted(found.present) == [
+        (0, 0.0, 12.0), (1, 0.0, 5.0), (1, 9.0, math.inf), (2, 0.0, math.inf), (3, 13.0, math.inf)
+    ]  # fmt: skip
+    lost = [job for job in found.jobs if job.error == "lost"]
+    assert lost
+    assert len(found.held) == len([job for job in found.jobs if job.error in {"", "lost"}])
+    assert {stay for stay in found.held if stay.to_s == 5.0} == {(1, job.arrival_s, 5.0) for job in lost}
+
+
+# replicas that differ
+
+
+def test_replicas_have_profiles_in_turn(workload, monkeypatch):
+    """Speed and KV cache are each engine's own; so is what the product reads of it, and what a baseline remembers of it."""
+    names = ("qwen3-32b-2xh100", "llama-8b-h100")
+    settings = dataclasses.replace(SMALL, profile=",".join(names))
+    name = workload(Workload("made", [Arrival(30.0 * number, 2_000, 5, tuple(range(9 * number, 9 * number + 4))) for number in range(4)]))
+    found = play(settings, Cell("round-robin", "", name, 1.0, 1))
+    profiles = [profile_of(names[replica % 2]) for replica in range(4)]
+    assert [job.ttft_s for job in found.jobs] == pytest.approx([
+        each.step_base_s + each.sequence_s + 2_000 * each.prefill_token_s + 2_000 * 1_000 * each.attention_pair_s for each in profiles
+    ])  # fmt: skip
+    assert [engine.cache.capacity for engine in found.engines] == [307_328, 381_000] * 2
+
+    made = []
+    product = cells.ProductPolicy
+    monkeypatch.setattr(cells, "ProductPolicy", lambda *args, **more: made.append(product(*args, **more)) or made[-1])
+    play(settings, Cell("x", EPP, name, 1.0, 1))
+    assert [made[0]._endpoints[replica].kv_capacity_tokens for replica in range(4)] == [307_328, 380_992] * 2  # in blocks of 16
+
+    for policy, remembered in (("lmetric", [600, 744]), ("llm-d", [2_401, 2_976]), ("sglang", [3_000, 3_000])):
+        baseline = BASELINES[policy]()
+        baseline.bind(profiles[0], found.engines, None)
+        for replica in (0, 1):
+            baseline.index.record(replica, range(3_000))
+        assert [baseline.index.matched(range(3_000), (0, 1))[replica] // BLOCK_TOKENS for replica in (0, 1)] == remembered
+
+
+def test_load_goes_by_the_profiles_of_all():
+    def arrivals(profile):
+        return len(cells.workload_of(dataclasses.replace(SMALL, profile=profile), "rag", 1).arrivals)
+
+    slow, fast, mixed = map(arrivals, ("qwen3-32b-2xh100", "llama-8b-h100", "qwen3-32b-2xh100,llama-8b-h100"))
+    assert mixed == pytest.approx((slow + fast) / 2, rel=0.1)

@@ -113,3 +113,28 @@ def test_jain() -> None:
     assert flow_stats.jain([0, 0]) == 1.0
     with pytest.raises(BenchError, match="no flow control is named"):
         flow.configured("nobody")
+
+
+def test_who_answered_nobody_has_no_latency(capsys: pytest.CaptureFixture[str]) -> None:
+    found = row_of(SMALL, Cell("off", flow.configured("off"), "cold-burst", 1.0, 1))
+    assert (found["errors"], found["ttft_p90_s"]) == (300, None)
+    assert flow_stats.flow_figures(play(replace(SMALL, kv_tokens=64), Cell("off", flow.configured("off"), "alone", 1.0, 1)))[
+        "important_ttft_p90_s"
+    ] is None  # fmt: skip
+    args = [
+        "replay",
+        "--flow",
+        "priority,cold-burst",
+        "--policies",
+        "off",
+        "--seeds",
+        "1",
+        "--replicas",
+        "2",
+        "--kv-tokens",
+        "64",
+        "--jobs",
+        "1",
+    ]
+    assert main(args) == 0
+    assert "nobody answered" in capsys.readouterr().out

@@ -71,8 +71,8 @@ class Preble(Baseline):
     Load of a replica = seconds of work sent to it in the last 3 minutes: prefill of what was uncached, and the median reply's decoding.
     Cost = load + this prompt's uncached prefill + what its blocks would evict, times the share of prompts that hit. When the chosen
     one's load is above 1.5 times the least, by more than computing the whole prompt takes, the least loaded takes it, and so holds the
-    prefix too. Preble (ICLR'25), E2; with this
-    bench's profile in place of its fitted latencies, and its per-node bookkeeping folded into sums per replica.
+    prefix too. Preble (ICLR'25), E2; with each
+    replica's profile in place of its fitted latencies, and its per-node bookkeeping folded into sums per replica.
     """
 
     indexed = True
@@ -101,10 +101,11 @@ class Preble(Baseline):
 
         def cost(seen: Seen) -> float:
             cached = matched.get(seen.replica, 0)
-            over = min(job.prompt_tokens - cached, self._tokens.get(seen.replica, 0) + job.prompt_tokens - cached - self.profile.kv_tokens)
+            profile = self.profile_of(seen.replica)
+            over = min(job.prompt_tokens - cached, self._tokens.get(seen.replica, 0) + job.prompt_tokens - cached - profile.kv_tokens)
             hit_share = self._hits / self._prompts if self._prompts else 0.0
-            evicted_s = max(0, over) * self.profile.prefill_token_s * hit_share
-            return load(seen) + self._prefill_s(cached, job.prompt_tokens - cached) + evicted_s
+            evicted_s = max(0, over) * profile.prefill_token_s * hit_share
+            return load(seen) + prefill_s(profile, cached, job.prompt_tokens - cached) + evicted_s
 
         self._prompts += 1
         longest = max(matched.values(), default=0)
@@ -113,11 +114,13 @@ class Preble(Baseline):
             return self.least(candidates, cost)
         chosen = self.least([seen for seen in candidates if matched.get(seen.replica) == longest], load)
         idlest = self.least(candidates, load)
-        return idlest if load(chosen) > self.imbalance_max * load(idlest) + self._prefill_s(0, job.prompt_tokens) else chosen
+        whole_s = prefill_s(self.profile_of(idlest.replica), 0, job.prompt_tokens)
+        return idlest if load(chosen) > self.imbalance_max * load(idlest) + whole_s else chosen
 
     def sent(self, job: Job, seen: Seen, uncached: int, now_s: float) -> None:
         output = statistics.median(self._outputs) if self._outputs else 0.0
-        work_s = self._prefill_s(job.prompt_tokens - uncached, uncached) + output * self.profile.step_base_s
+        profile = self.profile_of(seen.replica)
+        work_s = prefill_s(profile, job.prompt_tokens - uncached, uncached) + output * profile.step_base_s
         self._window.append((now_s, seen.replica, work_s, uncached))
         self._load_s[seen.replica] = self._load_s.get(seen.replica, 0.0) + work_s
         self._tokens[seen.replica] = self._tokens.get(seen.replica, 0) + uncached
@@ -126,5 +129,6 @@ class Preble(Baseline):
         del seen
         self._outputs.append(job.output_tokens)
 
-    def _prefill_s(self, before: int, tokens: int) -> float:
-        return tokens * self.profile.prefill_token_s + pairs_of(before, tokens) * self.profile.attention_pair_s
+
+def prefill_s(profile: Profile, before: int, tokens: int) -> float:
+    return tokens * profile.prefill_token_s + pairs_of(before, tokens) * profile.attention_pair_s
