@@ -105,6 +105,25 @@ def agents(setting: Setting) -> Workload:
     return _workload("agents", arrivals)
 
 
+def paced_agents(setting: Setting) -> Workload:
+    """Agents so slow that nobody is served at almost every arrival: a shared system prompt of 4 096 tokens, 15 turns of 1 024 new ones, a minute apart.
+
+    Their prompts fit the pool's caches, not one replica's: who counts only what is under way gives all of them to whoever had the system prompt first.
+    """
+    rng, arrivals = setting.rng, []
+    for number, at_s in enumerate(setting.times(0.003, end_s=AGENTS_S)):
+        parts: list[tuple[object, int]] = [("system", 4_096)]
+        turns = []
+        for turn in range(15):
+            output = setting.lognormal(60, 0.6, 8, 400)
+            tokens, blocks = setting.blocks(*parts, ((number, turn), 1_024))
+            turns.append(Arrival(60 + rng.expovariate(1 / 60), tokens, output, blocks))
+            parts.append(((number, turn), 1_024 + output))
+        first, *rest = turns
+        arrivals.append(first._replace(at_s=at_s, turns=tuple(rest)))
+    return _workload("paced-agents", arrivals)
+
+
 def bursts(setting: Setting) -> Workload:
     """A quiet stream, and every 20 s within half a second five requests a replica that share a prefix of 4 096 tokens."""
     rng, arrivals = setting.rng, []
@@ -219,6 +238,7 @@ def failing_replica(setting: Setting) -> Workload:
 SCENARIOS: Mapping[str, Callable[[Setting], Workload]] = {
     "shared-prompts": shared_prompts,
     "agents": agents,
+    "paced-agents": paced_agents,
     "bursts": bursts,
     "rag": rag,
     "lora": lora,

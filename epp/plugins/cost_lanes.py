@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from epp.plugins.cost_history import WEIGHED_EVERY_S, weigh
 from epp.plugins.cost_model import BATCH, BATCH_EARLY_SAMPLES, CostModel
-from epp.plugins.cost_work import Lane, Row, Work
+from epp.plugins.cost_work import ALIKE, Lane, Row, Work
 from epp.types import Changes, Endpoint
 
 GAP_S = 1e-3
@@ -27,8 +28,7 @@ OVERDUE = 0.5
 """A prompt that took so much longer than predicted was not cached after all: from then on it is taken for one that is not."""
 KEPT = 0.995
 """Of an endpoint's seconds taken and predicted, with every sample."""
-ALIKE, SLOWNESS_MAX = 1.3, 20.0
-"""An endpoint that takes up to so many times what is predicted, or as little, is like the others."""
+SLOWNESS_MAX = 20.0
 DECODE_WEIGHT = 0.05
 LOAD_START_S, LOAD_WEIGHT, LOAD_MAX_S = 0.2, 0.1, 60.0
 """What loading a LoRA adapter is taken to take."""
@@ -65,7 +65,7 @@ class Columns(NamedTuple):
     missed_s: Column
     """When it is through in that case."""
     queued_s: Column
-    """Those behind it take so long."""
+    """Those behind it take so long; and what its history adds."""
     burden: Column
     """What a second of prefill costs there in all."""
     context: Column
@@ -126,6 +126,8 @@ class Lanes:
             self.positions = {endpoint.slot: position for position, endpoint in enumerate(endpoints)}
             self._of, self._select = endpoints, None
         touched = self._touched
+        if now_s - self._chosen[0].weighed_s > WEIGHED_EVERY_S:
+            touched.update([lane.slot for lane in weigh(self._chosen, now_s)])
         changes = endpoints[0].changes
         if changes.count != self._count or changes is not self._changes:
             since = changes.since(self._count) if changes is self._changes else None
@@ -329,7 +331,7 @@ class Lanes:
             self._silent.discard(slot)
         if queue and not queue[0].streamed:
             self._settle(lane, now_s)
-        until_s = queued_s = 0.0
+        until_s, queued_s = 0.0, lane.history_price_s
         length = len(queue)
         waiting, decoding = float(length), float(lane.requests - length)
         if length:
@@ -341,7 +343,7 @@ class Lanes:
             lane.missed_s = began_s + head.miss_s
             until_s = max(ends_s, lane.missed_s)
             if length > 1:
-                queued_s = max(lane.pending_s - seconds, 0.0)
+                queued_s += max(lane.pending_s - seconds, 0.0)
         if lane.others > OTHERS_MIN:
             others, others_waiting = self._others(lane)
             waiting += others_waiting

@@ -14,6 +14,8 @@ from math import inf
 from epp.plugins.cost_model import CostModel
 from epp.types import Endpoint
 
+ALIKE = 1.3
+"""An endpoint that takes up to so many times what is predicted, or as little, is like the others."""
 PRIOR_S = 20.0
 """Seconds taken, and as many predicted, that an endpoint starts with."""
 DECODE_START_S = 5.0
@@ -61,9 +63,9 @@ class Lane:
     """One endpoint: its prompts in order, and what was learned of it."""
 
     __slots__ = (
-        "adapters", "context", "decode_s", "endpoint", "ends_s", "last_s", "loaded", "missed_s", "named", "others", "others_waiting", "overdue_s",
-        "pending_s", "predicted_s", "queue", "queued_tokens", "read_s", "requests", "row", "slot", "slowness", "taught_s",
-        "through_pairs", "through_tokens", "took_s", "used",
+        "adapters", "context", "decode_s", "endpoint", "ends_s", "history_price_s", "history_s", "last_s", "loaded", "missed_s", "named", "others",
+        "others_waiting", "overdue_s", "pending_s", "predicted_s", "queue", "queued_tokens", "read_s", "requests", "row", "slot", "slowness", "taught_s",
+        "through_pairs", "through_tokens", "took_s", "used", "weighed_s",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -74,6 +76,8 @@ class Lane:
         """Of all of `queue`."""
         self.last_s = 0.0
         """When a first token came last."""
+        self.history_s, self.history_price_s, self.weighed_s = 0.0, 0.0, -inf
+        """Seconds spent on prompts, fading; what they add to the wait of one more; when both were looked at last (cost_history)."""
         self.through_tokens, self.through_pairs = 0.0, 0.0
         """Of all prompts it is through with, or was when their clients left."""
         self.taught_s = -inf
@@ -153,6 +157,7 @@ class Lane:
 
     def through(self, work: Work, now_s: float) -> None:
         """Its first token came, so it is computed, and so are those sent before it: engines take prompts in order."""
+        self.history_s += now_s - max(self.last_s, self.queue[0].sent_s)
         while self.queue:
             first = self.queue.popleft()
             self.pending_s -= first.seconds
@@ -208,5 +213,6 @@ class Lane:
 
 Row = tuple[int, float, float, float, float, float, float, Lane]
 """What a prompt meets at an endpoint, whatever it is: slot; until when the one at the head may keep it waiting, 0 without one (the lane's
-`ends_s`, `overdue_s` and `missed_s` tell more); seconds of those behind that; what a second of prefill costs there in all; prompt tokens in
-flight; requests past their first token; KV-cache tokens that still fit, infinite while its size is not known; the lane."""
+`ends_s`, `overdue_s` and `missed_s` tell more); seconds of those behind that, and what its history adds; what a second of prefill costs there in
+all; prompt tokens in flight; requests past their first token; KV-cache tokens that still fit, infinite while its size is not known; the
+lane."""

@@ -240,11 +240,13 @@ def by_hand(scorer: CostAwareScorer, request: LLMRequest, endpoint: Endpoint, no
     cached = request.prefix.matched_tokens.get(endpoint.slot, 0) if request.prefix else 0
     tokens = max(1, request.prompt_tokens - cached)
     own_s = lane.slowness * model.prefill_s(tokens, tokens * (request.prompt_tokens - tokens / 2), lane.context)
-    waited_s = 0.0
+    waited_s = lane.history_price_s
     if lane.queue:
         head, *others = lane.queue
         took_s = now_s - max(lane.last_s, head.sent_s)
-        waited_s = max(0.0, (head.seconds if took_s <= 1.5 * head.seconds else head.miss_s) - took_s) + sum(work.seconds for work in others)
+        waited_s += max(0.0, (head.seconds if took_s <= 1.5 * head.seconds else head.miss_s) - took_s) + sum(
+            work.seconds for work in others
+        )
     decoding, waiting = float(lane.requests - len(lane.queue)), float(len(lane.queue))
     if lane.others > cost_lanes.OTHERS_MIN:
         theirs = min(lane.others, max(0.0, lane.others_waiting))
@@ -265,6 +267,7 @@ def test_columns_say_what_the_formula_says_whatever_happened(count: int, seed: i
     pool, scorer = world(count)
     rng = random.Random(seed)
     open_: list[Exchange] = []
+    priced = 0
     for number in range(6 * count):
         pool.clock.advance(rng.expovariate(2.0 * count))
         open_.append(route(pool, rng.randrange(10, 30_000), text=1 + rng.randrange(40)))
@@ -283,7 +286,9 @@ def test_columns_say_what_the_formula_says_whatever_happened(count: int, seed: i
             cached = {endpoint.slot: rng.randrange(request.prompt_tokens + 1) for endpoint in rng.sample(ready, 3)}
             request.prefix = PrefixMatch([1], [request.prompt_tokens], request.prompt_tokens, cached)
         scores = scorer.score(request, endpoints)
+        priced += any(lane.history_price_s for lane in lanes(scorer).values())
         assert scores == pytest.approx([by_hand(scorer, request, endpoint, pool.clock.now_s()) for endpoint in endpoints], rel=1e-9)
+    assert priced > count, "histories are part of it"
 
 
 def test_endpoints_come_and_go_under_the_columns() -> None:

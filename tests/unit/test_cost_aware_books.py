@@ -6,7 +6,7 @@ import pytest
 
 from epp.clock import VirtualClock
 from epp.datastore import Datastore, Reading
-from epp.plugins import cost_lanes
+from epp.plugins import cost_history, cost_lanes
 from epp.plugins.base import Context, Finished
 from epp.plugins.cost_lanes import Lanes
 from epp.plugins.scorers.cost_aware import CostAwareScorer
@@ -77,7 +77,8 @@ def test_names_of_adapters_are_bounded_over_endpoints_that_come_and_go(monkeypat
     assert 20 <= len(crowd.lanes.adapters) < 25, "what is there when the limit is reached, and the last reading whole"
 
 
-def test_each_silent_prompt_is_through_in_its_own_time() -> None:
+def test_each_silent_prompt_is_through_in_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_history, "PRICE", 0.0)
     world = World(3)
     for endpoint, tokens in zip(world.endpoints(), (10_000, 20_000, 30_000), strict=True):  # 1, 2 and 3 s
         world.pick(endpoint, tokens, stream=False)

@@ -14,6 +14,7 @@ from bench.replay.profiles import profile_of
 from bench.replay.scenarios import SCENARIOS, Setting
 from bench.replay.simulation import Scrapes, Simulation, engines_of
 from epp.datastore import Reading
+from epp.plugins import cost_history
 from epp.plugins.base import Finished
 from epp.plugins.cost_lanes import TOLD_MAX, Lane
 from epp.plugins.cost_model import BATCH, SAMPLES_MIN, CostModel
@@ -231,8 +232,9 @@ def test_the_bench_tells_policies_of_no_first_token_where_answers_come_whole(mon
 
 
 @pytest.mark.parametrize("said", [1, 100, 0], ids=["one token", "as many each time", "many or few"])
-def test_time_that_passes_whatever_is_asked_is_no_work_that_others_wait_for(said: int) -> None:
+def test_time_that_passes_whatever_is_asked_is_no_work_that_others_wait_for(said: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines with room for all, or a stand-in for one: a second, and 10 ms a token."""
+    monkeypatch.setattr(cost_history, "PRICE", 0.0)  # what was predicted before anything was known would be made good for
     world, rng = World(4), random.Random(7)
     endpoints, running = world.endpoints(), list[tuple[float, int, LLMRequest, Endpoint, int]]()
     sent = dict.fromkeys(endpoints, 0)

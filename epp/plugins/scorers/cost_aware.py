@@ -35,12 +35,12 @@ class CostAwareScorer(Plugin):
     wait x (1 + doubt) + own x (1 + harm x decoding + crowding x waiting) + spread x overhead x decoding + loading
 
     wait: until the prompts sent there before are through, or, where that is longer, until the KV cache has room and a slot is free for the
-    LoRA adapter. It comes out longer than predicted, for not all that was taken for cached is: doubt. own: of the prompt's tokens not cached
-    there and their attention to all before them. decoding, waiting: requests there that have their first token, or not yet; /metrics tell of
-    those that others sent. harm is what a second of prefill costs each that decodes; crowding keeps long prompts from where many short ones
-    go; spread is what one more neighbour costs, in prompt overheads. loading: of the adapter. All learned from first-token times, or where few
-    answers are streamed from the times of whole ones; before anything is known, 10 000 tokens a second. Meant to decide alone, with
-    max-score-picker.
+    LoRA adapter. Who lately did most of an idle pool's work is taken to have a wait as well (cost_history). It comes out longer than
+    predicted, for not all that was taken for cached is: doubt. own: of the prompt's tokens not cached there and their attention to all before
+    them. decoding, waiting: requests there that have their first token, or not yet; /metrics tell of those that others sent. harm is what a
+    second of prefill costs each that decodes; crowding keeps long prompts from where many short ones go; spread is what one more neighbour
+    costs, in prompt overheads. loading: of the adapter. All learned from first-token times, or where few answers are streamed from the times
+    of whole ones; before anything is known, 10 000 tokens a second. Meant to decide alone, with max-score-picker.
     """
 
     type: ClassVar[str] = "cost-aware-scorer"
@@ -153,6 +153,7 @@ class CostAwareScorer(Plugin):
             "tokens_per_s": round(1 / model.by_tokens_s) if model.by_tokens_s else None,
             "overhead_s": model.once_s,
             "adapter_load_s": lanes.load_s if lanes.adapters else None,
+            "history_price_s": {slot: round(lane.history_price_s, 3) for slot, lane in lanes.by_slot.items() if lane.history_price_s},
             "slowness": {slot: round(lane.slowness, 2) for slot, lane in lanes.by_slot.items() if lane.slowness != 1.0},
         }
 

@@ -1,0 +1,50 @@
+"""What endpoints did in the last minutes, as a price: who did most of a pool's work while others did little is asked a little less.
+
+Where a pool is idle nothing is under way when a request comes, so whoever has its prefix is the cheapest, every time: a prefix that all share
+(a system prompt) gathers all sessions on the engine that had it first, until they push one another out of its cache. So each second spent
+on prompts is remembered for minutes, and what an endpoint spent beyond `RATIO` times the others' mean adds `PRICE` of it to the wait there.
+A prompt goes elsewhere only where that is more than computing it anew, which then is history there, so that one session alone stays where
+it is. Where a pool is busy histories are alike and waits tell more: it is gone from `BUSY` on. Not here: when it is looked at, and the cost
+that it is part of (cost_lanes).
+
+Cost: 0.4 µs an endpoint every `WEIGHED_EVERY_S`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import exp
+
+from epp.plugins.cost_work import ALIKE, Lane
+
+HISTORY_S = 600.0
+"""After so long 1/e of it is left: what was computed is cached for about as long where little is going on."""
+WEIGHED_EVERY_S = 2.0
+PRICE = 0.25
+RATIO = 1.25
+BUSY = 0.3
+"""Share of the time that the pool spends on prompts, in the mean."""
+
+
+def weigh(lanes: Sequence[Lane], now_s: float) -> Iterator[Lane]:
+    """Sets `history_price_s` of these, candidates of one request; yields those where it changed.
+
+    Those slower than the fastest are no example to them: that they do less is as it should be.
+    """
+    for lane in lanes:
+        lane.history_s *= exp((lane.weighed_s - now_s) / HISTORY_S)
+        lane.weighed_s = now_s
+    slowness_max = min([lane.slowness for lane in lanes]) * ALIKE
+    examples = [lane.history_s for lane in lanes if lane.slowness <= slowness_max]
+    total_s, count = sum(examples), len(examples)
+    spent = sum([lane.history_s for lane in lanes]) / (len(lanes) * HISTORY_S)
+    price = PRICE * max(0.0, 1.0 - spent / BUSY)
+    for lane in lanes:
+        if lane.slowness > slowness_max:
+            others_s = total_s / count
+        else:
+            others_s = (total_s - lane.history_s) / (count - 1) if count > 1 else lane.history_s
+        price_s = price * max(0.0, lane.history_s - RATIO * others_s)
+        if price_s != lane.history_price_s:
+            lane.history_price_s = price_s
+            yield lane
