@@ -12,6 +12,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import aiohttp
@@ -144,8 +145,7 @@ def run(args: argparse.Namespace) -> int:
     rows.sort(key=lambda row: names.index(str(row["policy"])))
     print("\n".join(_summary(rows, args)))
     if args.json is not None:
-        notes = {"speedup": args.speedup, "engines": args.engines, "limit": args.limit, "side_by_side": args.side_by_side}
-        report.write_json(args.json, report.document(rows, DISTRIBUTIONS, notes))
+        report.write_json(args.json, report.document(rows, DISTRIBUTIONS, notes_of(args)))
     return 0
 
 
@@ -160,6 +160,16 @@ def workload_of(args: argparse.Namespace, seed: int) -> Workload:
     else:
         arrivals = SCENARIOS[args.scenario](setting).arrivals
     return Workload(args.scenario, arrivals[: args.limit]).faster(args.rate)
+
+
+def notes_of(args: argparse.Namespace) -> dict[str, object]:
+    """How it was played, and when: `bench compare` tells runs that are unlike."""
+    played = (
+        "limit", "block_tokens", "raw", "rate", "speedup", "engines", "side_by_side", "warmup", "slo_ttft", "slo_tpot", "kv_blocks", "sim_args",
+        "serve_args",
+    )  # fmt: skip
+    workload = {"trace": args.trace.name if args.trace else "", "scenario": "" if args.trace else args.scenario}
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), **workload, **{name: getattr(args, name) for name in played}}
 
 
 async def _measure(args: argparse.Namespace, sides: Sequence[Side], pool: Pool, workloads: dict[int, Workload]) -> list[dict[str, object]]:

@@ -157,6 +157,9 @@ def notes_of(settings: Settings, saturation: Mapping[str, object], date: datetim
 
 
 def _flow(args: argparse.Namespace, settings: Settings, date: datetime) -> int:
+    for flag, given in (("--plot", args.plot), ("--saturation", args.saturation), ("--rate", args.rate != [1.0])):
+        if given:
+            raise BenchError(f"{flag} is not for --flow: its loads are the scenarios' own, its figures a table")
     policies = args.policies.split(",") if args.policies else flow.POLICIES
     scenarios = flow.scenarios_of(args.flow)
     rows = flow.play(settings, scenarios, policies, seeds=args.seeds, jobs=args.jobs, progress=lambda line: print(line, flush=True))

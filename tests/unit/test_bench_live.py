@@ -595,7 +595,10 @@ def test_a_run_with_the_picker_round_robin_and_a_peer(tmp_path, capsys):
     said = capsys.readouterr()
     assert code == 0, said.err
     assert "skipped: vllm-router is not here (/nowhere/x)" in said.err
-    rows = {row["policy"]: row for row in json.loads(result.read_text())["rows"]}
+    document = json.loads(result.read_text())
+    notes = document["notes"]
+    assert (notes["trace"], notes["scenario"], notes["raw"], notes["speedup"], notes["engines"]) == ("t.jsonl", "", True, 4.0, 2)
+    rows = {row["policy"]: row for row in document["rows"]}
     assert list(rows) == ["round-robin", "cost-aware", "smg:cache_aware"]
     for row in rows.values():
         assert row["errors"] == 0, said.err

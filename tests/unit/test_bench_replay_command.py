@@ -157,6 +157,8 @@ def test_saturation_chooses_the_rates(tmp_path, capsys):
         (["--flow", "tenants", "--policies", ""], "--policies: a name is missing"),
         (["--flow", "tenants", "--policies", "off,off"], "--policies: off is there more than once"),
         (["--flow", ""], "--flow: a name is missing"),
+        (["--flow", "tenants", "--rate", "2"], "--rate is not for --flow"),
+        (["--flow", "tenants", "--saturation"], "--saturation is not for --flow"),
         (["--scenario", "rag,rag"], "--scenario: rag is there more than once"),
         (["--scenario", "rag", "--rate", "1,2,1.0"], "--rate: 1 is there more than once"),
         (["--scenario", "rag", "--profile", "qwen3-32b-2xh100,abacus"], "no profile is named 'abacus'"),
