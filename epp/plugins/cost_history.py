@@ -31,6 +31,8 @@ def weigh(lanes: Sequence[Lane], now_s: float) -> Iterator[Lane]:
 
     Those slower than the fastest are no example to them: that they do less is as it should be.
     """
+    if len(lanes) == 1:
+        return
     for lane in lanes:
         lane.history_s *= exp((lane.weighed_s - now_s) / HISTORY_S)
         lane.weighed_s = now_s

@@ -72,6 +72,8 @@ def test_only_changes_are_told() -> None:
     lanes = lanes_of(5.0, 0.0, 0.0)
     assert list(weigh(lanes, 0.0)) == lanes[:1]
     assert list(weigh(lanes, 0.0)) == []
+    assert list(weigh(lanes[:1], 0.0)) == [], "nobody to compare it with"
+    assert lanes[0].history_price_s > 0
     lanes[0].history_s = 0.0
     assert list(weigh(lanes, 0.0)) == lanes[:1]
 
