@@ -106,18 +106,18 @@ def agents(setting: Setting) -> Workload:
 
 
 def paced_agents(setting: Setting) -> Workload:
-    """Agents so slow that nobody is served at almost every arrival: a shared system prompt of 4 096 tokens, 15 turns of 1 024 new ones, a minute apart.
+    """Agents on a schedule, so slow that nobody else is served at most arrivals: a system prompt of 4 096 tokens, 15 turns two minutes apart.
 
-    Their prompts fit the pool's caches, not one replica's: who counts only what is under way gives all of them to whoever had the system prompt first.
+    Their prompts fit the pool's caches, not one replica's: who counts what is under way alone gives all to whoever had the system prompt first.
     """
     rng, arrivals = setting.rng, []
-    for number, at_s in enumerate(setting.times(0.003, end_s=AGENTS_S)):
+    for number, at_s in enumerate(setting.times(0.004, end_s=AGENTS_S)):
         parts: list[tuple[object, int]] = [("system", 4_096)]
         turns = []
         for turn in range(15):
             output = setting.lognormal(60, 0.6, 8, 400)
             tokens, blocks = setting.blocks(*parts, ((number, turn), 1_024))
-            turns.append(Arrival(60 + rng.expovariate(1 / 60), tokens, output, blocks))
+            turns.append(Arrival(rng.uniform(108, 132), tokens, output, blocks))
             parts.append(((number, turn), 1_024 + output))
         first, *rest = turns
         arrivals.append(first._replace(at_s=at_s, turns=tuple(rest)))
