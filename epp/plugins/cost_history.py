@@ -13,7 +13,7 @@ Cost: 0.4 µs an endpoint every `WEIGHED_EVERY_S`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import exp
+from math import exp, inf
 
 from epp.plugins.cost_work import ALIKE, Lane
 
@@ -34,12 +34,16 @@ def weigh(lanes: Sequence[Lane], now_s: float) -> Iterator[Lane]:
     if len(lanes) == 1:
         return
     for lane in lanes:
-        lane.history_s *= exp((lane.weighed_s - now_s) / HISTORY_S)
+        kept = exp((lane.weighed_s - now_s) / HISTORY_S)
+        lane.history_s *= kept
+        if lane.weighed_s > -inf:
+            lane.observed_s = kept * lane.observed_s + HISTORY_S * (1.0 - kept)
         lane.weighed_s = now_s
     slowness_max = min([lane.slowness for lane in lanes]) * ALIKE
     examples = [lane.history_s for lane in lanes if lane.slowness <= slowness_max]
     total_s, count = sum(examples), len(examples)
-    spent = sum([lane.history_s for lane in lanes]) / (len(lanes) * HISTORY_S)
+    observed_s = sum([lane.observed_s for lane in lanes])
+    spent = sum([lane.history_s for lane in lanes]) / observed_s if observed_s else BUSY
     price = PRICE * max(0.0, 1.0 - spent / BUSY)
     for lane in lanes:
         if lane.slowness > slowness_max:

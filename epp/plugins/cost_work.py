@@ -63,8 +63,8 @@ class Lane:
     """One endpoint: its prompts in order, and what was learned of it."""
 
     __slots__ = (
-        "adapters", "context", "decode_s", "endpoint", "ends_s", "history_price_s", "history_s", "last_s", "loaded", "missed_s", "named", "others",
-        "others_waiting", "overdue_s", "pending_s", "predicted_s", "queue", "queued_tokens", "read_s", "requests", "row", "slot", "slowness", "taught_s",
+        "adapters", "context", "decode_s", "endpoint", "ends_s", "history_price_s", "history_s", "last_s", "loaded", "missed_s", "named",
+        "observed_s", "others", "others_waiting", "overdue_s", "pending_s", "predicted_s", "queue", "queued_tokens", "read_s", "requests", "row", "slot", "slowness", "taught_s",
         "through_pairs", "through_tokens", "took_s", "used", "weighed_s",
     )  # fmt: skip
 
@@ -76,8 +76,9 @@ class Lane:
         """Of all of `queue`."""
         self.last_s = 0.0
         """When a first token came last."""
-        self.history_s, self.history_price_s, self.weighed_s = 0.0, 0.0, -inf
-        """Seconds spent on prompts, fading; what they add to the wait of one more; when both were looked at last (cost_history)."""
+        self.history_s, self.observed_s, self.history_price_s, self.weighed_s = 0.0, 0.0, 0.0, -inf
+        """Seconds spent on prompts, of so many in all, both fading; what they add to the wait of one more; when they were looked at last
+        (cost_history)."""
         self.through_tokens, self.through_pairs = 0.0, 0.0
         """Of all prompts it is through with, or was when their clients left."""
         self.taught_s = -inf

@@ -9,7 +9,7 @@ import pytest
 
 from epp.datastore import Reading
 from epp.exchange import Exchange
-from epp.plugins import cost_lanes, cost_work
+from epp.plugins import cost_history, cost_lanes, cost_work
 from epp.plugins.base import Finished
 from epp.plugins.cost_lanes import LOAD_START_S, SLOTS_START, Lane, Lanes, Work
 from epp.plugins.cost_model import SAMPLES_MIN, CostModel
@@ -264,6 +264,7 @@ def by_hand(scorer: CostAwareScorer, request: LLMRequest, endpoint: Endpoint, no
 @pytest.mark.parametrize("seed", range(3))
 def test_columns_say_what_the_formula_says_whatever_happened(count: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost_lanes, "MEAN_WEIGHT", 0.0)  # rows are not made anew only because the mean moved
+    monkeypatch.setattr(cost_history, "BUSY", 100.0)
     pool, scorer = world(count)
     rng = random.Random(seed)
     open_: list[Exchange] = []

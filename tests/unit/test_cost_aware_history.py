@@ -26,7 +26,7 @@ TOKENS_PER_S = 10_000
 def lanes_of(*histories_s: float, slowness: tuple[float, ...] = ()) -> list[Lane]:
     lanes = [Lane(endpoint) for endpoint in pool_of(*[{}] * len(histories_s))]
     for number, (lane, history_s) in enumerate(zip(lanes, histories_s, strict=True)):
-        lane.history_s, lane.weighed_s = history_s, 0.0
+        lane.history_s, lane.observed_s, lane.weighed_s = history_s, HISTORY_S, 0.0
         lane.slowness = slowness[number] if slowness else 1.0
     return lanes
 
@@ -57,6 +57,15 @@ def test_a_busy_pool_has_none() -> None:
     half = BUSY * HISTORY_S
     assert prices_s(lanes_of(2 * half, 0.0)) == [0.0, 0.0]
     assert prices_s(lanes_of(half, 0.0))[0] == pytest.approx(PRICE * half / 2)
+
+
+def test_a_pool_that_is_busy_from_its_first_moment_on_is_no_idle_one() -> None:
+    lanes = [Lane(endpoint) for endpoint in pool_of({}, {})]
+    assert prices_s(lanes, 1_000.0) == [0.0, 0.0]
+    lanes[0].history_s = 4.0
+    assert prices_s(lanes, 1_004.0) == [0.0, 0.0], "half of its time"
+    lanes[0].history_s = 0.4
+    assert prices_s(lanes, 1_008.0)[0] == pytest.approx(PRICE * 0.4 * (1 - 0.4 / 16 / BUSY), rel=0.05), "a fortieth"
 
 
 def test_fast_endpoints_do_more_than_slow_ones_and_are_not_priced_for_it() -> None:
