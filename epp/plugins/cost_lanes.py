@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from epp.plugins.cost_history import WEIGHED_EVERY_S, weigh
 from epp.plugins.cost_model import BATCH, BATCH_EARLY_SAMPLES, CostModel
-from epp.plugins.cost_work import ALIKE, Lane, Row, Work
+from epp.plugins.cost_work import ALIKE, ODD, Lane, Row, Work
 from epp.types import Changes, Endpoint
 
 GAP_S = 1e-3
@@ -38,8 +38,6 @@ TAUGHT_EVERY_S = 0.02
 """Answers of one endpoint that come sooner after another tell nothing new."""
 STEP_MIN_S = 2e-4
 """No engine says a token sooner than that after the one before: what counts so many were not one after the other, or it is no count."""
-ODD = 4.0
-"""A whole answer that takes so many times what is usual there, or as little, counts as if it were that: it has reasons of its own."""
 OTHERS_MIN = 0.5
 """Requests of others that are as good as none."""
 OTHERS_SHARE = 0.1
@@ -102,6 +100,8 @@ class Lanes:
         """Slot -> place among the endpoints asked for last."""
         self.rows: list[Row] = []
         """Of the endpoints asked for last, in order."""
+        self._weighed_s = -inf
+        """When the first of those was that was weighed longest ago."""
         self._of: Sequence[Endpoint] = ()
         self._select: slice | Places | None = None
         self._places: Places = np.zeros(0, np.intp)
@@ -125,8 +125,10 @@ class Lanes:
             self._chosen = [self.lane(endpoint) for endpoint in endpoints]
             self.positions = {endpoint.slot: position for position, endpoint in enumerate(endpoints)}
             self._of, self._select = endpoints, None
+            self._weighed_s = min([lane.weighed_s for lane in self._chosen])
         touched = self._touched
-        if now_s - self._chosen[0].weighed_s > WEIGHED_EVERY_S:
+        if now_s - self._weighed_s > WEIGHED_EVERY_S:
+            self._weighed_s = now_s
             touched.update([lane.slot for lane in weigh(self._chosen, now_s)])
         changes = endpoints[0].changes
         if changes.count != self._count or changes is not self._changes:

@@ -16,6 +16,8 @@ from epp.types import Endpoint
 
 ALIKE = 1.3
 """An endpoint that takes up to so many times what is predicted, or as little, is like the others."""
+ODD = 4.0
+"""What takes so many times what is usual there, or as little, counts as if it were that: it has reasons of its own."""
 PRIOR_S = 20.0
 """Seconds taken, and as many predicted, that an endpoint starts with."""
 DECODE_START_S = 5.0
@@ -158,9 +160,10 @@ class Lane:
 
     def through(self, work: Work, now_s: float) -> None:
         """Its first token came, so it is computed, and so are those sent before it: engines take prompts in order."""
-        self.history_s += now_s - max(self.last_s, self.queue[0].sent_s)
+        took_s, seconds = now_s - max(self.last_s, self.queue[0].sent_s), 0.0
         while self.queue:
             first = self.queue.popleft()
+            seconds += first.seconds
             self.pending_s -= first.seconds
             self.queued_tokens -= first.tokens
             self.through_tokens += first.tokens
@@ -171,6 +174,7 @@ class Lane:
         if not self.queue:
             self.pending_s = 0.0
         self.last_s = now_s
+        self.history_s += min(took_s, ODD * seconds)
 
     def computed(self, now_s: float) -> tuple[float, float]:
         """Tokens and pairs it ever computed: of the prompt at the head as much as there was time for."""

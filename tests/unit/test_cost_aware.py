@@ -265,6 +265,7 @@ def by_hand(scorer: CostAwareScorer, request: LLMRequest, endpoint: Endpoint, no
 def test_columns_say_what_the_formula_says_whatever_happened(count: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost_lanes, "MEAN_WEIGHT", 0.0)  # rows are not made anew only because the mean moved
     monkeypatch.setattr(cost_history, "BUSY", 100.0)
+    monkeypatch.setattr(cost_history, "LOADED", 1e6)
     pool, scorer = world(count)
     rng = random.Random(seed)
     open_: list[Exchange] = []

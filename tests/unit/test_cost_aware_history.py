@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
-from math import exp
+from math import exp, inf
 
 import pytest
 
-from epp.plugins.cost_history import BUSY, HISTORY_S, PRICE, RATIO, WEIGHED_EVERY_S, weigh
+from epp.plugins import cost_history
+from epp.plugins.cost_history import BUSY, HISTORY_S, LOADED, PRICE, PRICE_MAX_S, PRICE_STEP_S, RATIO, WEIGHED_EVERY_S, weigh
 from epp.plugins.cost_lanes import Lane, Lanes
 from epp.plugins.scorers.cost_aware import CostAwareScorer
-from epp.types import LLMRequest
+from epp.types import Decision, LLMRequest
 from tests.builders import PATH, Core, core, pool_of
 
 CONFIG = """
@@ -40,9 +41,13 @@ def prices_s(lanes: list[Lane], now_s: float = 0.0) -> list[float]:
 
 
 def test_what_is_beyond_the_others_share_is_priced() -> None:
-    # others of the first: 2 s in the mean; the pool spent 12 s of 4 x 600
-    faded = 1 - 12 / (4 * HISTORY_S) / BUSY
-    assert prices_s(lanes_of(6.0, 1.0, 2.0, 3.0)) == pytest.approx([PRICE * faded * (6 - RATIO * 2), 0, 0, 0])
+    # others of the first: 0.5 s in the mean; the pool spent 3 s of 4 x 600
+    faded = 1 - 3 / (4 * HISTORY_S) / BUSY
+    assert prices_s(lanes_of(1.5, 0.25, 0.5, 0.75)) == pytest.approx([PRICE * faded * (1.5 - RATIO * 0.5), 0, 0, 0])
+
+
+def test_no_history_costs_more_than_a_wait_that_anybody_may_have() -> None:
+    assert prices_s(lanes_of(30.0, 0.0, 0.0, 0.0)) == [PRICE_MAX_S, 0, 0, 0]
 
 
 def test_it_fades() -> None:
@@ -53,10 +58,20 @@ def test_it_fades() -> None:
     assert later == pytest.approx(at_first * exp(-1), rel=0.01)
 
 
-def test_a_busy_pool_has_none() -> None:
+def test_a_busy_pool_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_history, "PRICE_MAX_S", inf)
     half = BUSY * HISTORY_S
     assert prices_s(lanes_of(2 * half, 0.0)) == [0.0, 0.0]
     assert prices_s(lanes_of(half, 0.0))[0] == pytest.approx(PRICE * half / 2)
+
+
+def test_a_pool_with_requests_under_way_has_none() -> None:
+    lanes = lanes_of(1.0, 0.0)
+    (alone_s, _) = prices_s(lanes)
+    lanes[1].requests = int(LOADED)
+    assert prices_s(lanes) == pytest.approx([alone_s / 2, 0.0])
+    lanes[0].requests = int(LOADED)
+    assert prices_s(lanes) == [0.0, 0.0]
 
 
 def test_a_pool_that_is_busy_from_its_first_moment_on_is_no_idle_one() -> None:
@@ -72,9 +87,9 @@ def test_fast_endpoints_do_more_than_slow_ones_and_are_not_priced_for_it() -> No
     assert prices_s(lanes_of(3.0, 3.0, 0.0, 0.0, slowness=(1.0, 1.2, 2.0, 3.0))) == [0.0] * 4
     one_fast = prices_s(lanes_of(9.0, 0.0, slowness=(1.0, 2.0)))
     assert one_fast == [0.0, 0.0], "there is no other like it"
-    slow = prices_s(lanes_of(0.0, 0.0, 3.0, slowness=(1.0, 1.0, 2.0)))
+    slow = prices_s(lanes_of(0.0, 0.0, 1.0, slowness=(1.0, 1.0, 2.0)))
     assert slow[:2] == [0.0, 0.0]
-    assert slow[2] > 0.7 * PRICE * 3, "fast ones could have done that"
+    assert slow[2] > 0.7 * PRICE, "fast ones could have done that"
 
 
 def test_only_changes_are_told() -> None:
@@ -82,7 +97,11 @@ def test_only_changes_are_told() -> None:
     assert list(weigh(lanes, 0.0)) == lanes[:1]
     assert list(weigh(lanes, 0.0)) == []
     assert list(weigh(lanes[:1], 0.0)) == [], "nobody to compare it with"
-    assert lanes[0].history_price_s > 0
+    assert lanes[0].history_price_s == PRICE_MAX_S
+    lanes[0].history_s = 1.0
+    assert list(weigh(lanes, 0.0)) == lanes[:1]
+    lanes[0].history_s -= PRICE_STEP_S
+    assert list(weigh(lanes, 0.0)) == [], "next to nothing"
     lanes[0].history_s = 0.0
     assert list(weigh(lanes, 0.0)) == lanes[:1]
 
@@ -153,3 +172,51 @@ def test_prompts_that_are_given_up_or_fail_are_no_history() -> None:
     exchange.finish(complete=True)
     lanes: Lanes = scorer.__dict__["lanes"]
     assert [lane.history_s for lane in lanes.by_slot.values()] == [0.0, 0.0]
+
+
+def test_an_endpoint_that_is_a_candidate_seldom_is_weighed_then() -> None:
+    pool = core(3, config=CONFIG)
+    scorer = pool.built.plugins["cost-aware-scorer"]
+    assert isinstance(scorer, CostAwareScorer)
+    lanes: Lanes = scorer.__dict__["lanes"]
+    one, two, three = pool.datastore.ready.endpoints
+    lanes.now((two, three), pool.clock.now_s())
+    lanes.by_slot[three.slot].history_s = 1.0
+    pool.clock.advance(100.0)
+    lanes.now((two, three), pool.clock.now_s())
+    assert lanes.by_slot[three.slot].history_price_s > 0.1
+    for _ in range(1_000):
+        pool.clock.advance(HISTORY_S / 100)
+        lanes.now((one, two), pool.clock.now_s())
+    lanes.now((two, three), pool.clock.now_s())
+    assert lanes.by_slot[three.slot].history_s < 0.01
+    assert lanes.by_slot[three.slot].history_price_s < 0.001
+
+
+def test_who_decodes_what_another_computed_did_nothing() -> None:
+    pool = core(3, config=CONFIG)
+    scorer = pool.built.plugins["cost-aware-scorer"]
+    assert isinstance(scorer, CostAwareScorer)
+    decode, prefill, _ = pool.datastore.ready.endpoints
+    request = LLMRequest(id="r", path=PATH, headers={})
+    request.prompt_tokens, request.stream = 100_000, True
+    scorer.picked(request, Decision(decode, (), "default", {"prefill": prefill}))
+    pool.clock.advance(12.0)
+    scorer.first_token(request, decode, 12.0)
+    lanes: Lanes = scorer.__dict__["lanes"]
+    assert lanes.by_slot[prefill.slot].history_s == 12.0
+    assert lanes.by_slot[decode.slot].history_s < 0.1
+
+
+def test_a_stalled_engine_is_charged_for_its_work_alone() -> None:
+    pool = core(2, config=CONFIG)
+    scorer = pool.built.plugins["cost-aware-scorer"]
+    assert isinstance(scorer, CostAwareScorer)
+    request = LLMRequest(id="r", path=PATH, headers={})
+    request.prompt_tokens, request.stream = 1_000, True
+    endpoint = pool.datastore.ready.endpoints[0]
+    scorer.picked(request, Decision(endpoint, (), "default", {}))
+    pool.clock.advance(600.0)
+    scorer.first_token(request, endpoint, 600.0)
+    lanes: Lanes = scorer.__dict__["lanes"]
+    assert lanes.by_slot[endpoint.slot].history_s < 1.0
