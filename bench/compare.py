@@ -1,7 +1,7 @@
 """Two files of `bench replay --json`, side by side: what changed between two versions, two machines or two settings.
 
 Cells are matched by workload, policy and rate. A change is marked when the two 95 % intervals do not overlap: `better` or `WORSE`;
-figures that one of them lacks are not compared. Where the two were not played alike (`notes` and seeds), that is said, and no more.
+figures that one of them lacks, on any seed, get no verdict. Where the two were not played alike (`notes` and seeds), that is said, and no more.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def compared(a: Sequence[Mapping[str, object]], b: Sequence[Mapping[str, object]
             rows.append({
                 "workload": key[0], "policy": key[1], "rate": key[2], "metric": metric,
                 "a": before.text(".4g"), "b": after.text(".4g"), "ratio": ratio,
-                "verdict": "" if not _apart(before, after) else "WORSE" if worse > 0 else "better",
+                "verdict": _verdict(before, after, worse) if all(row.get(metric) is not None for row in (*cells_a[key], *cells_b[key])) else "",
                 "worse_percent": 100 * worse / before.mean if before.mean else (float("inf") if worse > 0 else 0.0),
             })  # fmt: skip
     missing = [f"only in A: {' '.join(map(str, key))}" for key in cells_a if key not in cells_b]
@@ -117,6 +117,12 @@ def unlike_seeds(a: Sequence[Mapping[str, object]], b: Sequence[Mapping[str, obj
 
 def _word(value: object) -> str:
     return json.dumps(value)
+
+
+def _verdict(a: Interval, b: Interval, worse: float) -> str:
+    if not _apart(a, b):
+        return ""
+    return "WORSE" if worse > 0 else "better"
 
 
 def _apart(a: Interval, b: Interval) -> bool:

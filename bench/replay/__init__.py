@@ -17,6 +17,7 @@ from bench.arguments import number
 from bench.replay import flow
 from bench.replay.baselines import BASELINES
 from bench.replay.cells import Cell, Row, Settings, configured, known, profiles_of, row_of, run_all, workload_of
+from bench.replay.job import BLOCK_TOKENS
 from bench.replay.kv_events import DELAY_S
 from bench.replay.profiles import DEFAULT_PROFILE, PROFILES
 from bench.replay.saturation import LOADS, saturation_rate
@@ -47,7 +48,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=number(int, 1), default=0, metavar="N", help="only the first N requests of the trace (default: all)"
     )
-    parser.add_argument("--block-tokens", type=int, default=512, metavar="N", help="tokens of a block in the trace (default: %(default)s)")
+    parser.add_argument(
+        "--block-tokens", type=int, default=BLOCK_TOKENS, metavar="N", help="tokens of a block in the trace (default: %(default)s)"
+    )
     ticks = parser.add_mutually_exclusive_group()
     ticks.add_argument("--raw", action="store_true", help="the trace's times as they are, ticks and all")
     ticks.add_argument("--jitter", action="store_true", help="requests at random places within their tick (the default)")
@@ -157,7 +160,11 @@ def notes_of(settings: Settings, saturation: Mapping[str, object], date: datetim
 
 
 def _flow(args: argparse.Namespace, settings: Settings, date: datetime) -> int:
-    for flag, given in (("--plot", args.plot), ("--saturation", args.saturation), ("--rate", args.rate != [1.0])):
+    foreign = {
+        "--plot": args.plot, "--saturation": args.saturation, "--rate": args.rate != [1.0], "--raw": args.raw, "--jitter": args.jitter,
+        "--limit": args.limit, "--block-tokens": args.block_tokens != BLOCK_TOKENS,
+    }  # fmt: skip
+    for flag, given in foreign.items():
         if given:
             raise BenchError(f"{flag} is not for --flow: its loads are the scenarios' own, its figures a table")
     policies = args.policies.split(",") if args.policies else flow.POLICIES
@@ -252,7 +259,9 @@ def _scenarios(text: str) -> Sequence[str]:
 def _saturation(settings: Settings, workload: str) -> float:
     def ttft_p90_s(rate: float) -> float:
         row: Row = row_of(settings, Cell("round-robin", "", workload, rate, 1))
-        return math.inf if row["ttft_p90_s"] is None else float(str(row["ttft_p90_s"]))
+        if row["ttft_p90_s"] is None:
+            raise BenchError(f"{workload}: round robin has no answer at rate {rate:g}, and so no rate that saturates it; give --rate")
+        return float(str(row["ttft_p90_s"]))
 
     found = saturation_rate(ttft_p90_s)
     if found == float("inf"):

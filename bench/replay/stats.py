@@ -159,7 +159,7 @@ def by_cell(rows: Sequence[Mapping[str, object]]) -> dict[Key, list[Mapping[str,
 
 def mean_of(rows: Sequence[Mapping[str, object]], key: str) -> Interval | None:
     """Over the rows that can say it; None where none can."""
-    values = [float(str(row[key])) for row in rows if row[key] is not None]
+    values = [float(str(row[key])) for row in rows if row.get(key) is not None]
     return interval(values) if values else None
 
 

@@ -89,7 +89,7 @@ def test_who_answered_nobody_has_no_latency_and_is_never_best(trace_file, capsys
     assert main(["replay", *arguments]) == 0
     assert "nobody answered, errors 60" in capsys.readouterr().out
     assert main(["replay", *arguments, "--saturation"]) == 2
-    assert "round robin never saturates" in capsys.readouterr().err
+    assert "round robin has no answer at rate 0.1" in capsys.readouterr().err
 
 
 def test_who_answered_nobody_on_one_seed_is_not_best():
@@ -159,6 +159,8 @@ def test_saturation_chooses_the_rates(tmp_path, capsys):
         (["--flow", ""], "--flow: a name is missing"),
         (["--flow", "tenants", "--rate", "2"], "--rate is not for --flow"),
         (["--flow", "tenants", "--saturation"], "--saturation is not for --flow"),
+        (["--flow", "tenants", "--limit", "9"], "--limit is not for --flow"),
+        (["--flow", "tenants", "--raw"], "--raw is not for --flow"),
         (["--scenario", "rag,rag"], "--scenario: rag is there more than once"),
         (["--scenario", "rag", "--rate", "1,2,1.0"], "--rate: 1 is there more than once"),
         (["--scenario", "rag", "--profile", "qwen3-32b-2xh100,abacus"], "no profile is named 'abacus'"),
@@ -321,3 +323,14 @@ def test_what_one_of_them_cannot_say_is_not_compared(tmp_path, capsys):
         assert main(["compare", str(one), str(other), "--metrics", "ttft_mean_s", "--check", "0"]) == 0
         line = next(line for line in capsys.readouterr().out.splitlines() if "ttft_mean_s" in line)
         assert line.split()[4:] == figures
+
+
+def test_a_mean_over_some_of_the_seeds_gets_no_verdict(tmp_path, capsys):
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    a.write_text(json.dumps({"rows": rows_of("p", (1.0, 1.0))}))
+    b.write_text(json.dumps({"rows": rows_of("p", (0.5, None))}))
+    assert main(["compare", str(a), str(b), "--metrics", "ttft_mean_s"]) == 0
+    assert "better" not in capsys.readouterr().out
+    b.write_text(json.dumps({"rows": [{k: v for k, v in row.items() if k != "ttft_mean_s"} for row in rows_of("p", (0.5, 0.5))]}))
+    assert main(["compare", str(a), str(b), "--metrics", "ttft_mean_s"]) == 0
+    assert "better" not in capsys.readouterr().out
