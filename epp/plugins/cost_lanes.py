@@ -295,7 +295,7 @@ class Lanes:
             self.load_s += LOAD_WEIGHT * (min(LOAD_MAX_S, max(0.0, load_s)) - self.load_s)
             return
         self.model.learn(count, tokens, pairs, work.context, took_s)
-        self._compare(lane, took_s, predicted_s)
+        self._compare(lane, min(took_s, ODD * lane.slowness * predicted_s), predicted_s)
 
     def _learn_whole(self, lane: Lane, work: Work, steps: int, now_s: float) -> None:
         """Its steps, and all prompts computed from its sending to now, took from its sending to now."""

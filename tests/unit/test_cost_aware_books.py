@@ -105,6 +105,23 @@ def test_silent_prompts_behind_one_another_follow_at_once() -> None:
         assert world.waits_s() == pytest.approx([left_s], abs=0.01)
 
 
+def test_one_stall_makes_no_endpoint_slow_for_good() -> None:
+    world = World(2)
+    one, two = world.endpoints()
+    for endpoint, took_s in ((one, 600.0), (two, 0.1)):
+        request = world.pick(endpoint, 1_000)
+        world.clock.advance(took_s)
+        world.scorer.first_token(request, endpoint, took_s)
+    stalled, other = (world.lanes.by_slot[endpoint.slot] for endpoint in (one, two))
+    assert stalled.slowness == other.slowness == 1.0
+    for _ in range(200):  # what goes on is no accident
+        for endpoint, took_s in ((one, 0.5), (two, 0.1)):
+            request = world.pick(endpoint, 1_000)
+            world.clock.advance(took_s)
+            world.scorer.first_token(request, endpoint, took_s)
+    assert stalled.slowness > 1.3 > other.slowness
+
+
 def test_a_decode_worker_the_gateway_took_in_place_of_ours_gets_the_prompt_cached_too() -> None:
     world = World(3)
     decode, prefill, other = world.endpoints()
