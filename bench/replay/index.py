@@ -1,7 +1,7 @@
 """What a picker can guess is cached where, from what it routed: an LRU of prefix blocks for each replica.
 
 For the baselines; the product brings its own. As the reference picker's approximate index, on the trace's blocks: everything routed is
-taken as cached until `capacity` newer blocks push it out. Cost: 3 µs to look up, 0.3 µs for each block recorded.
+taken as cached until as many newer blocks as it holds push it out. Cost: 3 µs to look up, 0.3 µs for each block recorded.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from bench.replay.job import BLOCK_TOKENS
 class ApproximateIndex:
     """See the module."""
 
-    __slots__ = ("_capacity_blocks", "_held")
+    __slots__ = ("_capacities_blocks", "_held")
 
-    def __init__(self, capacity_tokens: int) -> None:
-        """Of each replica; 0: never forget."""
-        self._capacity_blocks = capacity_tokens // BLOCK_TOKENS
+    def __init__(self, *capacities_tokens: int) -> None:
+        """Of each replica, or one for all of them; 0: never forget."""
+        self._capacities_blocks = [tokens // BLOCK_TOKENS for tokens in capacities_tokens]
         self._held: dict[int, OrderedDict[int, None]] = {}
 
     def matched(self, blocks: Sequence[int], replicas: Sequence[int]) -> Mapping[int, int]:
@@ -44,8 +44,9 @@ class ApproximateIndex:
         for block in reversed(blocks):
             held[block] = None
             held.move_to_end(block)
-        if self._capacity_blocks:
-            while len(held) > self._capacity_blocks:
+        capacity_blocks = self._capacities_blocks[replica % len(self._capacities_blocks)]
+        if capacity_blocks:
+            while len(held) > capacity_blocks:
                 held.popitem(last=False)
 
     def forget(self, replica: int) -> None:

@@ -1,4 +1,4 @@
-"""What endpoints did in the last minutes, as a price: who did most of a pool's work while others did little is asked a little less.
+"""What endpoints did in the last minutes, as a price: who did most of a pool's work is asked a little less.
 
 Where a pool is idle nothing is under way when a request comes, so whoever has its prefix is the cheapest, every time: a prefix that all share
 (a system prompt) gathers all sessions on the engine that had it first, until they push one another out of its cache. So each second spent

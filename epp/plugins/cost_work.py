@@ -66,8 +66,8 @@ class Lane:
 
     __slots__ = (
         "adapters", "context", "decode_s", "endpoint", "ends_s", "history_price_s", "history_s", "last_s", "loaded", "missed_s", "named",
-        "observed_s", "others", "others_waiting", "overdue_s", "pending_s", "predicted_s", "queue", "queued_tokens", "read_s", "requests", "row", "slot", "slowness", "taught_s",
-        "through_pairs", "through_tokens", "took_s", "used", "weighed_s",
+        "observed_s", "others", "others_waiting", "overdue_s", "pending_s", "predicted_s", "queue", "queued_tokens", "read_s", "requests", "row",
+        "slot", "slowness", "taught_s", "through_pairs", "through_tokens", "took_s", "used", "weighed_s",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint) -> None:

@@ -71,8 +71,8 @@ class Preble(Baseline):
     Load of a replica = seconds of work sent to it in the last 3 minutes: prefill of what was uncached, and the median reply's decoding.
     Cost = load + this prompt's uncached prefill + what its blocks would evict, times the share of prompts that hit. When the chosen
     one's load is above 1.5 times the least, by more than computing the whole prompt takes, the least loaded takes it, and so holds the
-    prefix too. Preble (ICLR'25), E2; with each
-    replica's profile in place of its fitted latencies, and its per-node bookkeeping folded into sums per replica.
+    prefix too. Preble (ICLR'25), E2; with each replica's profile in place of its fitted latencies, and its per-node bookkeeping folded
+    into sums per replica.
     """
 
     indexed = True

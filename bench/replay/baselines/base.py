@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from bench.replay.engine import Engine, Gauges
 from bench.replay.index import ApproximateIndex
-from bench.replay.job import BLOCK_TOKENS, Job
+from bench.replay.job import Job
 from bench.replay.policy import RejectedError
 from bench.replay.profiles import Profile
 
@@ -30,20 +30,6 @@ class Seen:
         """Its last scrape was answered."""
 
 
-class _Index(ApproximateIndex):
-    """Of replicas that differ: what it remembers of each is as much as that one's own profile has it."""
-
-    __slots__ = ("_capacities_blocks",)
-
-    def __init__(self, capacities_tokens: Sequence[int]) -> None:
-        super().__init__(capacities_tokens[0])
-        self._capacities_blocks = [tokens // BLOCK_TOKENS for tokens in capacities_tokens]
-
-    def record(self, replica: int, blocks: Sequence[int]) -> None:
-        self._capacity_blocks = self._capacities_blocks[replica]
-        super().record(replica, blocks)
-
-
 class Baseline:
     """Base of every policy here. `choose` is the policy."""
 
@@ -61,8 +47,8 @@ class Baseline:
         self.profile = profile
         self.engines = engines
         self.rng = rng
-        own = [self.index_tokens(engine.profile) for engine in engines]
-        self.index = _Index(own) if len(set(own)) > 1 else ApproximateIndex(self.index_tokens(self.profile_of(0)))
+        profiles = [engine.profile for engine in engines] or [profile]
+        self.index = ApproximateIndex(*[self.index_tokens(each) for each in profiles])
         self.pool: dict[int, Seen] = {}
         self._candidates: list[Seen] = []
         self._replicas: list[int] = []
